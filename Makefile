@@ -1,0 +1,96 @@
+# trihybrid: everything from a bare checkout. `make` lists the commands.
+# Needs GNU make and Python 3.11 or newer; each command may be run again at any time.
+
+PYTHON ?= python3
+VENV := .venv
+LOWEST := .venv-transformers-lowest
+NEWEST := .venv-transformers-newest
+# The lower bound in pyproject.toml; a test holds the two together.
+LOWEST_TRANSFORMERS := 5.17.0
+TRANSFORMERS_TESTS := $(wildcard tests/models tests/laws tests/surgery tests/distill)
+PIP_INSTALL := -m pip --disable-pip-version-check -q install -c constraints.txt
+PYTEST := -m pytest -q --durations=10
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup test demo lint test-transformers browser-test clean
+
+help: ## this list
+	@echo "usage: make COMMAND [PYTHON=python3.12]"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)$$/  \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.installed ## create .venv and install trihybrid into it, with its tests
+	@echo "$(VENV) is ready"
+
+test: setup ## run the tests
+	@echo "testing: pytest, with the ten slowest tests at the end"
+	@$(VENV)/bin/python $(PYTEST)
+
+demo: setup ## teacher, surgery, distillation, report, on this machine
+	@echo "running the demo"
+	@$(VENV)/bin/trihybrid demo
+
+lint: $(VENV)/.installed-dev ## ruff check, ruff format --check, mypy
+	@echo "linting: ruff check"
+	@$(VENV)/bin/ruff check
+	@echo "linting: ruff format"
+	@$(VENV)/bin/ruff format --check
+	@echo "linting: mypy"
+	@$(VENV)/bin/mypy
+
+test-transformers: $(LOWEST)/.installed $(NEWEST)/.installed ## test the lowest and the newest transformers that we allow
+	@$(LOWEST)/bin/python $(PIP_INSTALL) "transformers==$(LOWEST_TRANSFORMERS)"
+	@echo "testing with the lowest transformers: $$($(call transformers_version,$(LOWEST)))"
+	@$(LOWEST)/bin/python $(PYTEST) $(TRANSFORMERS_TESTS)
+	@$(NEWEST)/bin/python $(PIP_INSTALL) --upgrade "transformers<6"
+	@echo "testing with the newest transformers: $$($(call transformers_version,$(NEWEST)))"
+	@$(NEWEST)/bin/python $(PYTEST) $(TRANSFORMERS_TESTS)
+
+browser-test: setup ## open the report in a headless Chromium
+	@echo "testing: the report in a browser"
+	@$(VENV)/bin/python $(PYTEST) -m browser tests/browser
+
+clean: ## remove the environments, builds and caches; runs/ stays
+	@echo "removing environments, builds and caches"
+	@rm -rf $(VENV) $(LOWEST) $(NEWEST) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+transformers_version = $(1)/bin/python -c 'from importlib.metadata import version; print(version("transformers"))'
+
+# $(call environment,FOLDER): a fresh-enough virtual environment with torch in it. Torch goes first and
+# alone, with its constraint: any other order could fetch gigabytes of CUDA for a machine without a GPU.
+define environment
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "no '$(PYTHON)' here; name a Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "trihybrid needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
+	    "name another: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@echo "creating $(1) with $$($(PYTHON) --version 2>&1)"
+	@$(PYTHON) -m venv $(1) || { \
+	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu it is in the package python3-venv"; exit 1; }
+	@echo "installing torch into $(1)"
+	@$(1)/bin/python $(PIP_INSTALL) torch
+endef
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call environment,$(VENV))
+	@echo "installing trihybrid and its test tools into $(VENV)"
+	@$(VENV)/bin/python $(PIP_INSTALL) -e ".[test]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing ruff, mypy and pre-commit into $(VENV)"
+	@$(VENV)/bin/python $(PIP_INSTALL) -e ".[test,dev]"
+	@touch $@
+
+$(LOWEST)/.installed: pyproject.toml constraints.txt
+	$(call environment,$(LOWEST))
+	@echo "installing trihybrid with transformers $(LOWEST_TRANSFORMERS) into $(LOWEST)"
+	@$(LOWEST)/bin/python $(PIP_INSTALL) "transformers==$(LOWEST_TRANSFORMERS)" -e ".[test]"
+	@touch $@
+
+$(NEWEST)/.installed: pyproject.toml constraints.txt
+	$(call environment,$(NEWEST))
+	@echo "installing trihybrid with the newest transformers into $(NEWEST)"
+	@$(NEWEST)/bin/python $(PIP_INSTALL) -e ".[test]"
+	@touch $@
