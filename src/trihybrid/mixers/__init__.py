@@ -1,0 +1,1 @@
+"""Mixers: modules that mix over time, behind one contract (`trihybrid.mixers.contract`)."""

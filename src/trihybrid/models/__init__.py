@@ -1,0 +1,1 @@
+"""Models: the mixers put into transformers' own decoder layers."""

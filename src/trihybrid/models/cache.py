@@ -1,0 +1,50 @@
+"""States of mixers inside transformers' cache slots.
+
+A slot of type `hybrid` holds one recurrent matrix and one store of keys and values; `linear_attention` the matrix alone.
+This file is the only one that knows how transformers spells that. Legend: B batch, G key/value heads, S stored tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from trihybrid.mixers.contract import Mixer
+from trihybrid.mixers.state import RecurrentState, State
+
+
+@dataclass(frozen=True)
+class SlotKeyValues:
+    """The keys and values of one slot of a transformers cache; `append` writes into the slot, whatever its class
+    (dynamic or preallocated), and returns all that it holds."""
+
+    cache: Cache
+    index: int
+
+    def append(self, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor, "SlotKeyValues"]:
+        keys, values = self.cache.update(k_BGTD, v_BGTD, self.index)
+        return keys, values, self
+
+
+def seen_tokens(cache: Cache | None) -> int:
+    """Tokens that a cache already holds, by its first slot that stores keys and values."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def read_state(cache: Cache | None, index: int, mixer: Mixer) -> Any:
+    """The state of `mixer` in slot `index`, or None without a cache or before the first token."""
+    if cache is None or mixer.donor is not None and mixer.kind == "tica":
+        return None
+    if mixer.kind == "tica":
+        return SlotKeyValues(cache, index)
+    slot = cache.layers[index]
+    return RecurrentState(slot.recurrent_states[0]) if slot.is_recurrent_states_initialized[0] else None
+
+
+def write_state(cache: Cache | None, index: int, state: State | None) -> None:
+    """Put a recurrent state back into slot `index` (keys and values are already there)."""
+    if cache is not None and isinstance(state, RecurrentState):
+        cache.update_recurrent_state(state.matrix_BHKV, index)
+        # transformers sets this mark only for convolution states; without it a slot counts as empty.
+        cache.layers[index].has_previous_state[0] = True

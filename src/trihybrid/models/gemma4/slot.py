@@ -1,0 +1,64 @@
+"""A converted layer: transformers' own Gemma-4 decoder layer with our mixers in the place of its attention.
+
+    h -> input_layernorm -> [rwkv7] + [tica] -> post_attention_layernorm -> + h -> MLP -> per-layer input -> scalar
+         (the teacher's)     (ours)             (the teacher's, and all that follows)
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextDecoderLayer
+
+from trihybrid.mixers.contract import Mixer, Shared
+from trihybrid.mixers.rwkv7 import Rwkv7
+from trihybrid.mixers.span import Span
+from trihybrid.mixers.tica import Tica
+from trihybrid.models.cache import read_state, write_state
+from trihybrid.models.gemma4.config import TrihybridGemma4Config
+
+
+class ConvertedSlot(nn.Module):
+    """The mixers of one slot; their outputs add up. Stands where the decoder layer expects its `self_attn`."""
+
+    def __init__(self, config: TrihybridGemma4Config, index: int) -> None:
+        super().__init__()
+        self.index = index
+        slot = config.slot_list()[index]
+        for kind in slot.mixers:
+            donor = slot.donors.get(kind)
+            if kind == "rwkv7":
+                self.rwkv7 = Rwkv7(config.rwkv7_options(), index, donor)
+            else:
+                self.tica = Tica(config.tica_options(), index, donor)
+
+    def mixers(self) -> list[Mixer]:
+        return [mixer for mixer in self.children() if isinstance(mixer, Mixer)]
+
+    def mix(self, x_BTD: Tensor, span: Span, shared: Shared, cache: Cache | None) -> Tensor:
+        """Sum of the mixers' outputs, [B, T, D]; states are read from the cache's slot and written back."""
+        total = None
+        for mixer in self.mixers():
+            y_BTD, state = mixer(x_BTD, span, read_state(cache, self.index, mixer), shared)
+            write_state(cache, self.index, state)
+            total = y_BTD if total is None else total + y_BTD
+        assert total is not None
+        return total
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        span: Span,
+        shared: Shared,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,  # transformers' decoder layer also hands over masks and rotary tables, which no mixer here reads
+    ) -> tuple[Tensor, None]:
+        return self.mix(hidden_states, span, shared, past_key_values), None
+
+
+class ConvertedDecoderLayer(Gemma4TextDecoderLayer):
+    """The teacher's layer `index` with a `ConvertedSlot` as its `self_attn`."""
+
+    def __init__(self, config: TrihybridGemma4Config, index: int) -> None:
+        super().__init__(config.base(), index)
+        self.self_attn = ConvertedSlot(config, index)
