@@ -1,0 +1,1 @@
+"""Surgery: what will be done to a teacher (`plan`), and doing it (`operate`)."""

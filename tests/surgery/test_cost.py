@@ -1,0 +1,122 @@
+"""The account against what it accounts for: live parameters, live caches, counted products.
+
+Legend: T tokens.
+"""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, Gemma4ForCausalLM
+
+from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
+from trihybrid.surgery.cost import account
+from trihybrid.surgery.layout import student_config
+
+SECTIONS = {
+    "default": {},
+    "tica_shared": {"share_kv": "teacher"},
+    "rwkv7_shared": {"donor_keys_values": "share"},
+    "both_shared": {"share_kv": "teacher", "donor_keys_values": "share"},
+    "some": {"pattern": "SSR SSF SSF"},
+    "recurrent": {"legend": {"S": "sliding", "R": "rwkv7"}},
+    "tica": {"legend": {"S": "sliding", "R": "tica"}},
+    "mixed": {
+        "pattern": "SSR SSB SST",
+        "legend": {"S": "sliding", "R": "rwkv7", "B": ["rwkv7", "tica"], "T": "tica"},
+        "share_kv": "teacher",
+    },
+}
+BASES = {
+    "shared": {},
+    "unshared": {"num_kv_shared_layers": 0},
+    "plain": {"hidden_size_per_layer_input": 0, "use_double_wide_mlp": False, "num_kv_shared_layers": 0},
+    "two_groups": {"num_key_value_heads": 2},
+    "keys_are_values": {"attention_k_eq_v": True, "num_global_key_value_heads": 2},
+    "untied": {"tie_word_embeddings": False},
+}
+
+
+def built(base, config, dtype: torch.dtype = torch.float32):
+    model = Gemma4ForCausalLM(base) if config is None else TrihybridGemma4ForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
+
+
+@pytest.mark.parametrize("shape", BASES)
+@pytest.mark.parametrize("name", ["teacher", *SECTIONS])
+def test_parameters_are_those_of_the_built_model(make_base, make_section, name, shape) -> None:
+    base = make_base(**BASES[shape])
+    config = None if name == "teacher" else student_config(base, make_section(**SECTIONS[name]))
+    costs = account(base, config, [64])
+    with torch.device("meta"):
+        model = built(base, config)
+    assert costs["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    for row, layer in zip(costs["layers"], model.model.layers, strict=True):
+        assert row["parameters"] == sum(parameter.numel() for parameter in layer.parameters())
+        assert row["mixer_parameters"] == sum(parameter.numel() for parameter in layer.self_attn.parameters())
+
+
+def live_bytes(cache: DynamicCache) -> dict[str, int]:
+    """Bytes of all tensors of a cache; a growing slot is one that holds every token."""
+    found = {"growing": 0, "sliding": 0, "recurrent": 0}
+    for layer in cache.layers:
+        keys_values = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
+        kind = "sliding" if getattr(layer, "is_sliding", False) else "growing"
+        found[kind] += sum(t.numel() * t.element_size() for t in keys_values)
+        for state in (getattr(layer, "recurrent_states", None) or {}).values():
+            found["recurrent"] += 0 if state is None else state.numel() * state.element_size()
+    return found
+
+
+@pytest.mark.parametrize("shape", ["shared", "unshared", "two_groups", "keys_are_values"])
+@pytest.mark.parametrize("name", ["teacher", *SECTIONS])
+def test_bytes_are_those_of_the_live_cache(make_base, make_section, name, shape) -> None:
+    base = make_base(**BASES[shape])
+    config = None if name == "teacher" else student_config(base, make_section(**SECTIONS[name]))
+    costs = account(base, config, [64])
+    model = built(base, config, torch.bfloat16)
+    cache = DynamicCache(config=model.config)
+    tokens = 21
+    with torch.no_grad():
+        model(torch.randint(3, 97, (1, tokens)), past_key_values=cache, use_cache=True)
+    live = live_bytes(cache)
+    assert live["growing"] == costs["global_kv_bytes_per_token"] * tokens
+    assert live["sliding"] == costs["sliding_cache_bytes"]
+    assert live["recurrent"] == costs["recurrent_state_bytes"]
+
+
+@pytest.mark.parametrize("context", [1, 5, 8, 30])
+@pytest.mark.parametrize("shape", ["shared", "plain", "two_groups"])
+@pytest.mark.parametrize("name", ["teacher", "default", "tica_shared", "both_shared", "some", "mixed"])
+def test_flops_are_those_counted_for_one_decoded_token(make_base, make_section, name, shape, context) -> None:
+    base = make_base(**BASES[shape])
+    config = None if name == "teacher" else student_config(base, make_section(**SECTIONS[name]))
+    costs = account(base, config, [context])
+    model = built(base, config)
+    model.set_attn_implementation("eager")
+    cache = DynamicCache(config=model.config)
+    tokens = torch.randint(3, 97, (1, context))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        if context > 1:
+            model(tokens[:, :-1], past_key_values=cache, use_cache=True)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens[:, -1:], past_key_values=cache, use_cache=True)
+    assert counter.get_total_flops() == costs["flops_per_token"][str(context)]
+
+
+def test_rows_add_up(make_base, make_section) -> None:
+    base = make_base()
+    costs = account(base, student_config(base, make_section()), [16, 64])
+    for total, part in (
+        ("global_kv_bytes_per_token", "kv_bytes_per_token"),
+        ("recurrent_state_bytes", "recurrent_state_bytes"),
+        ("sliding_cache_bytes", "sliding_cache_bytes"),
+        ("score_flops_per_pair", "score_flops_per_pair"),
+    ):
+        assert costs[total] == sum(row[part] for row in costs["layers"])
+    assert costs["flops_per_token"]["64"] > sum(row["flops"]["64"] for row in costs["layers"])
+    assert [row["keys_values"] for row in costs["layers"]] == [
+        "own", "own", "rwkv7 own, tica own", "own", "own", "rwkv7 own, tica own", "layer 4", "layer 4", "rwkv7 own, tica own",
+    ]  # fmt: skip

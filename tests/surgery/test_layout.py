@@ -1,0 +1,104 @@
+import pytest
+from pydantic import ValidationError
+
+from trihybrid.surgery.layout import donor_layer, layout, rwkv7_sizes, score_width, student_config
+from trihybrid.surgery.section import Rwkv7Section, SurgerySection
+
+BOTH = ("rwkv7", "tica")
+
+
+def test_the_default_pattern_converts_every_global_layer(make_base, make_section) -> None:
+    slots = layout(make_base(), make_section())
+    assert [slot.mixers for slot in slots] == [("sliding",), ("sliding",), BOTH] * 3
+    assert all(not slot.donors for slot in slots)
+
+
+@pytest.mark.parametrize(
+    ("fields", "donors"),
+    [
+        ({"share_kv": "teacher"}, {"tica": 5}),
+        ({"donor_keys_values": "share"}, {"rwkv7": 5}),
+        ({"share_kv": "teacher", "donor_keys_values": "share"}, {"tica": 5, "rwkv7": 5}),
+        ({"donor_keys_values": "ridge"}, {}),
+    ],
+)
+def test_donors_follow_the_sharing_of_the_teacher(make_base, make_section, fields, donors) -> None:
+    slots = layout(make_base(), make_section(**fields))
+    assert [slot.donors for slot in slots] == [{}] * 8 + [donors]
+    assert [donor_layer(make_base(), index) for index in range(9)] == [None] * 6 + [4, 4, 5]
+
+
+def test_donors_are_given_only_to_the_mixers_of_a_slot(make_base, make_section) -> None:
+    legend = {"S": "sliding", "R": ["rwkv7", "tica"], "T": "tica"}
+    section = make_section(
+        pattern="SSR SSR SST", legend=legend, share_kv="teacher", donor_keys_values="share"
+    )
+    assert layout(make_base(), section)[8].donors == {"tica": 5}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pattern": "SSR * 2"}, r'pattern "SSR \* 2" has 6 slots, the model has 9 layers'),
+        ({"pattern": "SSR * x"}, r'cannot read .*; write letters and repeats, as "SSSSR \* 7"'),
+        ({"pattern": "SSX * 3"}, r'letter "X" is not in the legend \[\'F\', \'R\', \'S\'\]'),
+        ({"pattern": "SSR SRR SSR"}, r"slot 4 is a sliding layer .* rwkv7\+tica; global layers are \[2, 5, 8\]"),
+        ({"pattern": "SSF SSR SSF"}, r"slot 8 is retained .* layer 5, which is converted; convert slot 8 too or keep"),
+        ({"pattern": "SSF SFF SSF"}, r'slot 4 is "full", the teacher\'s layer is "sliding"; .* keeps the teacher'),
+        ({"pattern": "SSR SSF SSR", "share_kv": "teacher"}, r"slot 8: tica would share .* layer 5, .* give slot 5 a tica"),
+        (
+            {"pattern": "SSR SST SSR", "legend": {"S": "sliding", "T": "tica", "R": "rwkv7"}, "donor_keys_values": "share"},
+            r"slot 8: rwkv7 would share .* give slot 5 a rwkv7, or do not share",
+        ),
+        ({"legend": {"S": "sliding", "R": ["rwkv7", "rwkv7"]}}, r"must name each mixer once"),
+        ({"legend": {"S": "sliding", "R": ["rwkv7", "full"]}}, r"adds to a retained attention; add tica to rwkv7 only"),
+        ({"legend": {"S": "sliding", "R": "mamba"}}, r'no mixer "mamba"; choose from'),
+    ],
+)
+def test_layouts_that_cannot_run_are_refused_with_the_cure(make_base, make_section, fields, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        layout(make_base(), make_section(**fields))
+
+
+def test_blocks_of_the_heads(make_base) -> None:
+    assert rwkv7_sizes(make_base(), SurgerySection(rwkv7=Rwkv7Section(head_dim=8)))["heads"] == 16
+    sizes = rwkv7_sizes(make_base(num_key_value_heads=2), SurgerySection(rwkv7=Rwkv7Section(head_dim=16)))
+    assert (sizes["heads"], sizes["kv_heads"]) == (8, 4)
+    assert score_width(make_base()) == 4 * 32
+    with pytest.raises(ValueError, match=r"rwkv7.head_dim is 24; it must divide .*global head width, 32"):
+        rwkv7_sizes(make_base(), SurgerySection(rwkv7=Rwkv7Section(head_dim=24)))
+
+
+def test_rotary_pairs_are_not_cut_apart(make_base) -> None:
+    """A quarter of 32 channels is 4 rotary pairs, 8 channels: blocks of 4 cut them, in either order."""
+    with pytest.raises(ValueError, match=r"rwkv7.head_dim is 4; .*4 rotary pairs"):
+        rwkv7_sizes(make_base(), SurgerySection(rwkv7=Rwkv7Section(head_dim=4)))
+    plain = SurgerySection(rwkv7=Rwkv7Section(head_dim=4), heads="plain")
+    assert rwkv7_sizes(make_base(), plain)["heads"] == 32
+
+
+def test_sizes_reach_the_configuration_and_absent_mixers_have_none(make_base, make_section) -> None:
+    config = student_config(make_base(), make_section(legend={"S": "sliding", "R": "rwkv7"}))
+    assert config.tica is None
+    assert config.rwkv7 == {
+        "heads": 8, "kv_heads": 2, "head_dim": 16, "decay_rank": 6, "iclr_rank": 5, "gate_rank": 7, "gate": "unit",
+    }  # fmt: skip
+    config = student_config(make_base(), make_section(legend={"S": "sliding", "R": "tica"}))
+    assert config.rwkv7 is None
+    assert config.tica == {"heads": 4, "kv_heads": 2, "head_dim": 8, "gate_rank": 3}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"share_kv": "some"}, {"ridge": 0.0}, {"calibration_tokens": 1}, {"rwkv7": {"head_dim": 0}}, {"no_such_field": 1}],
+)
+def test_section_bounds(fields) -> None:
+    with pytest.raises(ValidationError, match=next(iter(fields))):
+        SurgerySection.model_validate(fields)
+
+
+def test_tica_heads_that_do_not_group_are_refused(make_base, make_section) -> None:
+    section = make_section()
+    section.tica.kv_heads = 3
+    with pytest.raises(ValueError, match=r"tica.heads is 4; it must be a multiple of tica.kv_heads, 3"):
+        student_config(make_base(), section).tica_options()
