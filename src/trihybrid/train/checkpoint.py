@@ -1,0 +1,252 @@
+"""Checkpoints: all that a stage needs to go on as if nothing had happened, whole or not at all.
+
+    <folder>/step-000123/              123 steps are done
+        parameters.safetensors         the trainable parameters
+        optimizer.safetensors          moments and step counters
+        random.safetensors             torch's generators (CPU, each CUDA device)
+        checkpoint.json                step, stage hash, parent hash, progress; size and sha256 of each file
+
+A checkpoint is written under a temporary name, made durable, and then renamed: a kill leaves it there or not
+there. Only safetensors and JSON are read.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trihybrid.run.directory import sync_folder, write_json
+from trihybrid.run.lineage import hash_file
+from trihybrid.train.optim import Optimizers
+
+_logger = logging.getLogger(__name__)
+
+_VERSION = 1
+_MANIFEST = "checkpoint.json"
+_PARTS = ("parameters", "optimizer", "random")
+_FINISHED = re.compile(r"step-(\d{6,})")
+_TEMPORARY = "temporary-"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage is.
+
+    Attributes:
+        step: steps done.
+        loss: loss of the last of them (0.0 before the first).
+        tokens: tokens seen.
+        seconds: training time.
+    """
+
+    step: int = 0
+    loss: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class Checkpoints:
+    """The checkpoints of one stage.
+
+    Args:
+        folder: where they lie; made at the first save.
+        stage_hash: hash of what decides the stage (its part of the recipe, the code's version...).
+        parent_hash: hash of the model that the stage starts from.
+    """
+
+    def __init__(self, folder: str | Path, stage_hash: str, parent_hash: str) -> None:
+        self.folder = Path(folder)
+        self.stage_hash = stage_hash
+        self.parent_hash = parent_hash
+
+    def finished(self) -> list[Path]:
+        """The complete checkpoints, oldest first; temporary and incomplete folders are passed over."""
+        if not self.folder.is_dir():
+            return []
+        matches = ((_FINISHED.fullmatch(path.name), path) for path in self.folder.iterdir())
+        found = [(int(match[1]), path) for match, path in matches if match and (path / _MANIFEST).is_file()]
+        return [path for _, path in sorted(found)]
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, or None."""
+        finished = self.finished()
+        return finished[-1] if finished else None
+
+    def clean(self) -> None:
+        """Remove what an interruption left: temporary folders, and checkpoints without their JSON."""
+        if not self.folder.is_dir():
+            return
+        for path in sorted(self.folder.iterdir()):
+            incomplete = _FINISHED.fullmatch(path.name) and not (path / _MANIFEST).is_file()
+            if path.is_dir() and (incomplete or path.name.startswith(_TEMPORARY)):
+                _logger.info("checkpoint: removed the incomplete %s", path)
+                shutil.rmtree(path)
+
+    def save(
+        self, progress: Progress, parameters: Mapping[str, nn.Parameter], optimizers: Optimizers
+    ) -> Path:
+        """Write a checkpoint and return its folder.
+
+        Raises:
+            ValueError: there is one of this step already.
+        """
+        target = self.folder / f"step-{progress.step:06d}"
+        if target.exists():
+            raise ValueError(
+                f"checkpoint: {target} exists already; resume from it, or start a new run directory"
+            )
+        temporary = self.folder / f"{_TEMPORARY}{target.name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            contents: dict[str, Mapping[str, Tensor]] = {
+                "parameters": dict(parameters),
+                "optimizer": optimizers.state_tensors(),
+                "random": _random_state(),
+            }
+            files = {}
+            for part in _PARTS:
+                path = temporary / f"{part}.safetensors"
+                save_file(
+                    {name: tensor.detach().contiguous() for name, tensor in contents[part].items()}, path
+                )
+                _sync_file(path)
+                files[path.name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+            manifest = {
+                "version": _VERSION,
+                "stage": self.stage_hash,
+                "parent": self.parent_hash,
+                "progress": asdict(progress),
+                "files": files,
+            }
+            write_json(temporary / _MANIFEST, manifest)
+            os.rename(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync_folder(self.folder)
+        return target
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the newest `keep` checkpoints (at least 1)."""
+        if keep < 1:
+            raise ValueError(f"keep: {keep} is below 1; keep at least the newest checkpoint")
+        for path in self.finished()[:-keep]:
+            # Renamed first: a kill half-way through the deletion must not leave something that looks
+            # complete.
+            doomed = path.with_name(f"{_TEMPORARY}{path.name}")
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+
+    def load(self, path: Path, parameters: Mapping[str, nn.Parameter], optimizers: Optimizers) -> Progress:
+        """Restore parameters (in place), optimizers and torch's generators from a checkpoint, to the bit.
+
+        Raises:
+            ValueError: it is of another stage or parent, damaged, or does not fit these parameters;
+                everything except the generators is checked before anything is changed.
+        """
+        files, progress = self._manifest(path)
+        contents = {part: _read(path / f"{part}.safetensors", files) for part in _PARTS}
+        saved = contents["parameters"]
+        _check_parameters(path, saved, parameters)
+        optimizers.load_state_tensors(contents["optimizer"])
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(saved[name])
+        _restore_random_state(contents["random"])
+        return progress
+
+    def _manifest(self, path: Path) -> tuple[dict[str, dict[str, Any]], Progress]:
+        try:
+            manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+            version, stage, parent = manifest["version"], manifest["stage"], manifest["parent"]
+            files, progress = manifest["files"], Progress(**manifest["progress"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"checkpoint {path}: {_MANIFEST} is damaged ({error!r}); "
+                "delete this folder to go on from the checkpoint before it"
+            ) from error
+        if version != _VERSION:
+            raise ValueError(
+                f"checkpoint {path}: version {version!r}, wanted {_VERSION}; "
+                "resume with the release that wrote it"
+            )
+        if stage != self.stage_hash:
+            raise ValueError(
+                f"checkpoint {path}: the recipe of this stage changed: wanted {self.stage_hash}, found "
+                f"{stage}; "
+                "start a new run directory or restore the recipe"
+            )
+        if parent != self.parent_hash:
+            raise ValueError(
+                f"checkpoint {path}: the stage began from another parent: wanted {self.parent_hash}, found "
+                f"{parent}; "
+                "start a new run directory or restore the parent model"
+            )
+        return files, progress
+
+
+def _read(path: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    cure = "delete this checkpoint's folder to go on from the one before it"
+    if path.name not in files or not path.is_file():
+        raise ValueError(f"{path}: missing; {cure}")
+    wanted_size, size = files[path.name]["bytes"], path.stat().st_size
+    if size != wanted_size:
+        raise ValueError(f"{path}: truncated or changed: wanted {wanted_size} bytes, found {size}; {cure}")
+    wanted_hash, found_hash = files[path.name]["sha256"], hash_file(path)
+    if found_hash != wanted_hash:
+        raise ValueError(f"{path}: damaged: wanted sha256 {wanted_hash}, found {found_hash}; {cure}")
+    return load_file(path)
+
+
+def _check_parameters(
+    path: Path, saved: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]
+) -> None:
+    cure = "resume with the model that the checkpoint was made of, or start a new run directory"
+    if saved.keys() != parameters.keys():
+        raise ValueError(
+            f"checkpoint {path}: lacks {sorted(parameters.keys() - saved.keys())}, "
+            f"holds besides {sorted(saved.keys() - parameters.keys())}; {cure}"
+        )
+    for name, parameter in parameters.items():
+        tensor = saved[name]
+        if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
+            raise ValueError(
+                f"checkpoint {path}: {name!r}: wanted {parameter.dtype} {list(parameter.shape)}, "
+                f"found {tensor.dtype} {list(tensor.shape)}; {cure}"
+            )
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():  # a run on the CPU leaves the GPUs of its machine alone
+        state |= {f"cuda.{device}": tensor for device, tensor in enumerate(torch.cuda.get_rng_state_all())}
+    return state
+
+
+def _restore_random_state(state: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    devices = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    saved = len(state) - 1
+    if saved != devices:
+        _logger.warning(
+            "checkpoint: made with %d CUDA devices, resumed with %d: the run goes on, not to the bit",
+            saved,
+            devices,
+        )
+    for device in range(min(saved, devices)):
+        torch.cuda.set_rng_state(state[f"cuda.{device}"], device)
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
