@@ -1,0 +1,163 @@
+"""Teacher and student over one copy of the frozen weights.
+
+What is frozen is the same tensor for both, so the student's modules serve both streams; from the teacher stays only
+what differs: its attention where the student has new mixers, and a twin of what trains.
+Legend: B batch, T time, D model width.
+"""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Gemma4ForCausalLM
+
+from trihybrid.mixers.contract import Mixer, linear
+from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
+from trihybrid.models.gemma4.model import Stream
+
+
+class RecordingAttention(nn.Module):
+    """The teacher's attention; with a `record` in its arguments it notes what went in and came out."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        record: dict[str, Tensor] | None = None,
+        **kwargs: Any,  # transformers' decoder layer passes masks, rotary tables and shared keys and values
+    ) -> tuple[Tensor, Tensor | None]:
+        output, weights = self.attention(hidden_states=hidden_states, **kwargs)
+        if record is not None:
+            record["input"], record["output"] = hidden_states, output
+        return output, weights
+
+
+class MasterLinear(nn.Linear):
+    """A retained projection that trains: its master weight is cast to the dtype of what it multiplies."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight) if self.bias is None else super().forward(input)
+
+
+class Pair(nn.Module):
+    """A student, and the teacher's layers where they differ from the student's.
+
+    Args:
+        student: what is trained.
+        teacher: the model it was made from. It is taken apart: use it for nothing else afterwards.
+        train: patterns (with *) of the student's parameter names that train; all others are frozen.
+
+    Raises:
+        ValueError: patterns that match nothing; parts that may not train; a teacher whose retained tensors are not the
+            student's.
+    """
+
+    def __init__(self, student: TrihybridGemma4ForCausalLM, teacher: Gemma4ForCausalLM, train: Sequence[str]) -> None:
+        super().__init__()
+        self.student = student
+        self.trained = self._select(train)
+        self.converted = [i for i, slot in enumerate(student.config.slot_list()) if slot.converted]
+        self.teacher_layers = nn.ModuleDict()
+        for index, layer in enumerate(teacher.model.layers):
+            _check_tensor(layer.layer_scalar, student.model.layers[index].layer_scalar, f"model.layers.{index}.layer_scalar")
+            if _borrow(layer, student.model.layers[index], f"model.layers.{index}.", self.trained):
+                if index in self.converted:
+                    layer.self_attn = RecordingAttention(layer.self_attn)
+                self.teacher_layers[str(index)] = layer
+        for name in ("embed_tokens", "embed_tokens_per_layer", "per_layer_model_projection", "norm"):
+            if hasattr(teacher.model, name):
+                _check_equal(getattr(teacher.model, name), getattr(student.model, name), f"model.{name}.")
+        self.teacher_layers.requires_grad_(False)
+
+    def _select(self, train: Sequence[str]) -> dict[str, nn.Parameter]:
+        chosen = {}
+        for name, parameter in list(self.student.named_parameters()):
+            trains = any(fnmatchcase(name, pattern) for pattern in train)
+            parameter.requires_grad_(trains)
+            if not trains:
+                continue
+            if not name.startswith("model.layers."):
+                raise ValueError(f"train: {list(train)} matches {name}; only layers may train, teacher and student share the rest")
+            # A master weight: small updates vanish in bfloat16; the mixers cast it where they use it.
+            if parameter.dtype != torch.float64:
+                parameter.data = parameter.data.float()
+            chosen[name] = parameter
+            _cast_in_forward(self.student, name)
+        if not chosen:
+            raise ValueError(f"train: {list(train)} matches no parameter of the student")
+        return chosen
+
+    def roles(self) -> dict[str, str]:
+        """Role of every trained parameter; what is not in a mixer of ours is a matrix or a vector by its shape."""
+        roles = {}
+        for prefix, module in self.student.named_modules():
+            if isinstance(module, Mixer):
+                roles |= {f"{prefix}.{name}": role for name, role in module.roles().items()}
+        return {name: roles.get(name, "matrix" if p.dim() == 2 else "vector") for name, p in self.trained.items()}
+
+    def prepare(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Stream]:
+        """Hidden states [B, T, D] and the stream with what both teacher's and student's layers need; without gradient."""
+        with torch.no_grad():
+            types = set(self.student.model.base.layer_types)
+            return self.student.model.prepare(input_ids, position_ids=position_ids, layer_types=types)
+
+    @torch.no_grad()
+    def teacher_layer(
+        self, index: int, hidden_BTD: Tensor, stream: Stream, record: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """The teacher's layer on the teacher's stream; `record` receives input and output of a converted attention."""
+        layer = self.teacher_layers[str(index)] if str(index) in self.teacher_layers else None
+        return self.student.model.layer(index, hidden_BTD, stream, layer, record)
+
+    @property
+    def first_difference(self) -> int:
+        """The first layer at which student and teacher part: all below is computed once."""
+        return min(int(index) for index in self.teacher_layers)
+
+
+def _borrow(layer: nn.Module, owner: nn.Module, prefix: str, trained: dict[str, nn.Parameter]) -> bool:
+    """Put the owner's frozen modules in the place of the layer's own; whether anything of its own is left."""
+    kept = False
+    for name, module in list(layer.named_children()):
+        other = getattr(owner, name)
+        inside = f"{prefix}{name}."
+        if any(n.startswith(inside) for n in trained) and list(module.children()) and type(module) is type(other):
+            _borrow(module, other, inside, trained)
+            kept = True
+        elif any(n.startswith(inside) for n in trained) or not isinstance(other, type(module)):
+            kept = True
+        else:
+            _check_equal(module, other, inside)
+            setattr(layer, name, other)
+    return kept
+
+
+def _cast_in_forward(student: nn.Module, name: str) -> None:
+    """Let transformers' own projection that holds the parameter `name` cast its master weight, as our mixers do."""
+    path = name.rpartition(".")[0]
+    module = student.get_submodule(path)
+    if type(module) is nn.Linear and module.bias is None:
+        owner, _, leaf = path.rpartition(".")
+        if isinstance(student.get_submodule(owner), Mixer):
+            return
+        casting = MasterLinear(module.in_features, module.out_features, bias=False, device="meta")
+        casting.weight = module.weight
+        setattr(student.get_submodule(owner), leaf, casting)
+
+
+def _check_equal(module: nn.Module, other: nn.Module, prefix: str) -> None:
+    owned = dict(other.named_parameters())
+    for name, tensor in module.named_parameters():
+        _check_tensor(tensor, owned.get(name), prefix + name)
+
+
+def _check_tensor(tensor: Tensor, match: Tensor | None, name: str) -> None:
+    if match is not None and match.dtype != tensor.dtype:
+        raise ValueError(f"{name} is {tensor.dtype} in the teacher, {match.dtype} in the student; load both in one dtype")
+    if match is None or not torch.equal(match, tensor):
+        raise ValueError(f"{name}: the teacher's tensor is not the student's; this is not the student's teacher")

@@ -1,0 +1,29 @@
+"""The recipe's section on training a model from scratch."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+from transformers import Gemma4TextConfig
+
+from trihybrid.train.section import TrainSection
+
+
+class PretrainSection(TrainSection):
+    """A Gemma-4-shaped teacher trained on the recipe's data."""
+
+    kind: Literal["pretrain"] = Field("pretrain", description="next-token loss, all parameters")
+    shape: dict[str, Any] = Field(description="fields of the Gemma-4 text configuration; the vocabulary is the tokenizer's")
+    chunk: int = Field(4096, ge=1, description="tokens whose logits exist at once")
+
+    def configuration(self, vocabulary: int) -> Gemma4TextConfig:
+        """The model's configuration.
+
+        Raises:
+            ValueError: a field that the configuration does not have, or that cannot be.
+        """
+        known = set(Gemma4TextConfig().to_dict()) | {"global_head_dim", "num_global_key_value_heads"}
+        unknown = sorted(set(self.shape) - known)
+        if unknown:
+            raise ValueError(f"shape: unknown fields {unknown}; see transformers' Gemma4TextConfig")
+        sizes = {"vocab_size": vocabulary, "vocab_size_per_layer_input": vocabulary}
+        return Gemma4TextConfig.from_dict(dict(self.shape) | sizes)

@@ -1,0 +1,48 @@
+"""Next-token training of a causal language model with a softcapped, tied head.
+
+Legend: B batch, T time, D model width, N = B T.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from transformers import Gemma4ForCausalLM
+
+from trihybrid.data.packing import Batch
+from trihybrid.ops.divergence import softcapped_cross_entropy
+
+
+class PretrainTask:
+    """Mean cross-entropy in nats a token over the batch; tokens across a document border are not predicted."""
+
+    def __init__(self, model: Gemma4ForCausalLM, chunk: int = 4096) -> None:
+        self.model, self.chunk = model, chunk
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def roles(self) -> dict[str, str]:
+        """Embeddings (the tied head is one) by name, matrices and vectors by shape."""
+
+        def role(name: str, parameter: nn.Parameter) -> str:
+            if "embed_tokens" in name:
+                return "embedding"
+            return "matrix" if parameter.dim() == 2 else "vector"
+
+        return {name: role(name, parameter) for name, parameter in self.parameters().items()}
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        hidden_BTD = self.model.model(
+            input_ids=batch.inputs, position_ids=batch.positions, use_cache=False
+        ).last_hidden_state
+        loss = softcapped_cross_entropy(
+            hidden_BTD.flatten(0, 1),
+            self.model.lm_head.weight,
+            batch.targets.flatten(),
+            self.model.config.final_logit_softcapping,
+            chunk=self.chunk,
+        )
+        return loss, {}
+
+    def tokens(self, batch: Batch) -> int:
+        return batch.inputs.numel()
