@@ -1,0 +1,1 @@
+"""Running models: text in, text out."""
