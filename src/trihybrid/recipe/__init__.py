@@ -1,0 +1,1 @@
+"""Recipes: one YAML file from a teacher to a measured student."""

@@ -1,0 +1,28 @@
+"""Measuring one model folder on any text."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from trihybrid.data import DataSection, prepare
+from trihybrid.evaluate import EvaluationSection, evaluate
+from trihybrid.models.checkpoint import load_model
+
+
+def evaluate_folder(model: Path, teacher: Path | None, text: str, tokens: int, length: int) -> dict[str, Any]:
+    """One row of results for the model in a folder, on text that the tokenizer beside it reads.
+
+    The recall probe is the demo's: 8 pairs of one letter each.
+
+    Raises:
+        ValueError: a folder, tokenizer or text that does not serve.
+    """
+    loaded = load_model(model)
+    reference = None if teacher is None else load_model(teacher)
+    section = DataSection(
+        source=text, tokenizer=str(model), validation_fraction=0.05, recall={"fraction": 0.0, "pairs": 8, "rounds": 5}
+    )
+    settings = EvaluationSection(sequence_length=length, validation_tokens=tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        data = prepare(section, folder)
+        return evaluate(loaded, reference, data, settings, loaded.config.sliding_window)

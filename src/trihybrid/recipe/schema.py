@@ -1,0 +1,70 @@
+"""What a recipe may hold. Each section belongs to the room that it configures; here they are put together."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from trihybrid.data.section import DataSection
+from trihybrid.distill.section import AlignSection, MatchSection
+from trihybrid.evaluate.section import EvaluationSection
+from trihybrid.pretrain.section import PretrainSection
+from trihybrid.surgery.section import SurgerySection
+
+Stage = Annotated[AlignSection | MatchSection, Field(discriminator="kind")]
+
+NAMES = {"align": "aligned", "match": "matched"}
+"""What the model after a stage is called, in folders, logs and tables."""
+
+
+class TeacherSection(BaseModel):
+    """Where the teacher comes from: a folder, or trained here."""
+
+    model_config = ConfigDict(extra="forbid")
+    folder: str | None = Field(None, description="folder of a Gemma-4 text model")
+    pretrain: PretrainSection | None = Field(None, description="shape and training of a teacher made here")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "TeacherSection":
+        if (self.folder is None) == (self.pretrain is None):
+            raise ValueError("give exactly one of folder and pretrain")
+        return self
+
+
+class SamplesSection(BaseModel):
+    """Text that teacher and final student write for the report."""
+
+    model_config = ConfigDict(extra="forbid")
+    prompts: list[str] = Field(default_factory=list, description="beginnings to continue")
+    tokens: int = Field(120, ge=1, le=4096, description="tokens a continuation")
+    temperature: float = Field(0.7, ge=0, le=10, description="0 takes the likeliest token")
+
+
+class TargetsSection(BaseModel):
+    """What the run promises; a missed target is said in the report and fails the command."""
+
+    model_config = ConfigDict(extra="forbid")
+    bpb_gap: float | None = Field(None, ge=0, description="bits a byte of the last student above the teacher's, at most")
+    teacher_recall: float | None = Field(None, ge=0, le=1, description="the teacher's recall beyond its window, at least")
+    improvement: bool = Field(False, description="bpb and KL fall from operated through every stage")
+    seconds: float | None = Field(None, gt=0, description="time of the whole run, at most")
+
+
+class Recipe(BaseModel):
+    """Teacher, surgery, stages, evaluation."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="name of the run, for its folder")
+    data: DataSection = Field(default_factory=DataSection, description="text and tokenizer")
+    teacher: TeacherSection = Field(description="the model to convert")
+    surgery: SurgerySection = Field(default_factory=SurgerySection, description="what stands in each slot")
+    stages: list[Stage] = Field(description="distillation, in order")
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="what is measured")
+    samples: SamplesSection = Field(default_factory=SamplesSection, description="generated text")
+    targets: TargetsSection = Field(default_factory=TargetsSection, description="what the run promises")
+
+    @model_validator(mode="after")
+    def _each_stage_once(self) -> "Recipe":
+        kinds = [stage.kind for stage in self.stages]
+        if len(set(kinds)) != len(kinds):
+            raise ValueError(f"stages: {kinds} names a kind twice; each kind may stand once")
+        return self
