@@ -1,6 +1,10 @@
-"""Every test starts from the same seed, on few threads, with fresh memory full of NaN."""
+"""Every test starts from the same seed, on few threads, with fresh memory full of NaN; one small run for all rooms."""
 
+import importlib.util
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -20,3 +24,33 @@ def deterministic(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.use_deterministic_algorithms("gpu" not in request.keywords)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def micro() -> ModuleType:
+    """The module with the micro recipe and the helpers that run commands."""
+    path = Path(__file__).with_name("micro_run.py")
+    spec = importlib.util.spec_from_file_location("micro_run", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def micro_recipe(micro: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of the micro recipe, beside its folder of texts."""
+    return micro.write_recipe(tmp_path_factory.mktemp("micro"))
+
+
+@pytest.fixture(scope="session")
+def micro_run(micro: ModuleType, micro_recipe: Path) -> Path:
+    """The directory of a finished run of the micro recipe, shared by all tests: read it, or copy it to change it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the subprocesses that are compared with it
+    folder = micro_recipe.parent / "run"
+    result = micro.trihybrid("distill", micro_recipe, "--out", folder)
+    torch.set_num_threads(threads)
+    assert result.code == 0, result.stderr
+    return folder

@@ -1,4 +1,4 @@
-"""The command line: a thin layer that turns options into calls, and errors of the user into one line and exit code 2."""
+"""The command line: a thin layer that turns options into calls, and users' errors into one line and exit code 2."""
 
 import json
 import logging
@@ -29,7 +29,9 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a field, as `stages.0.loop.steps=50`; repeat it.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a field, as `stages.0.loop.steps=50`; repeat it.")
+]
 Out = Annotated[Path, typer.Option("--out", help="Run directory.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what the run directory holds.")]
@@ -40,9 +42,13 @@ def _configure(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what each part decides.")] = False,
 ) -> None:
     handler = RichHandler(console=errors, show_path=False, show_time=False)
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler]
+    )
     if not verbose:
         transformers_logging.disable_progress_bar()
+        # Its report about tensors that do not fit comes before our one line about them.
+        transformers_logging.set_verbosity_error()
 
 
 @app.command()
@@ -56,10 +62,16 @@ def demo(
 
     A finished or broken run of the demo in the run directory is replaced; `--resume` continues it instead.
     """
+    from trihybrid.data import read_documents
+    from trihybrid.recipe.execute import check_recipe
     from trihybrid.recipe.load import load_recipe
 
     recipe = load_recipe("demo", overrides)
     if not dry_run and not resume:
+        # An earlier demo goes only for one that can run.
+        check_recipe(recipe)
+        if recipe.data.source != "builtin":
+            read_documents(recipe.data.source)
         _clear_demo(out)
     _run(recipe, out, dry_run, resume)
 
@@ -67,7 +79,9 @@ def demo(
 @app.command()
 def distill(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Run directory; runs/<recipe name> if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run directory; runs/<recipe name> if not given.")
+    ] = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
     resume: Resume = False,
@@ -81,14 +95,21 @@ def distill(
 
 @app.command()
 def plan(
-    teacher: Annotated[str, typer.Argument(help="A model folder, or a built-in shape such as `gemma-4-e2b`.")],
+    teacher: Annotated[
+        str, typer.Argument(help="A model folder, or a built-in shape such as `gemma-4-e2b`.")
+    ],
     pattern: Annotated[str | None, typer.Option(help='Layout, one letter a layer, as "SSSSR * 7".')] = None,
-    share_kv: Annotated[str, typer.Option(help="TICA's keys and values: `own`, or shared as the `teacher` does.")] = "own",
+    share_kv: Annotated[
+        str, typer.Option(help="TICA's keys and values: `own`, or shared as the `teacher` does.")
+    ] = "own",
     context: Annotated[
-        list[int] | None, typer.Option(help="Context length for FLOPs; repeat it. 4096, 32768 and 131072 if not given.", min=1)
+        list[int] | None,
+        typer.Option(help="Context length for FLOPs; repeat it. 4096, 32768 and 131072 if not given.", min=1),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
-    save: Annotated[Path | None, typer.Option(help="Also write the plan to this file, for `convert --plan`.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Also write the plan to this file, for `convert --plan`.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Say what a conversion would do and cost, layer by layer, before it is done. Needs no weights.
@@ -115,10 +136,16 @@ def plan(
 def convert(
     teacher: Annotated[Path, typer.Argument(help="Folder of a Gemma-4 text model.")],
     out: Annotated[Path, typer.Argument(help="Folder for the student; it must not exist yet.")],
-    plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan saved by `trihybrid plan --save`.")] = None,
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="A plan saved by `trihybrid plan --save`.")
+    ] = None,
     pattern: Annotated[str | None, typer.Option(help='Layout, one letter a layer, as "SSSSR * 7".')] = None,
-    share_kv: Annotated[str, typer.Option(help="TICA's keys and values: `own`, or shared as the `teacher` does.")] = "own",
-    text: Annotated[str, typer.Option(help="Text to fit scales on: `builtin`, a file or a folder.")] = "builtin",
+    share_kv: Annotated[
+        str, typer.Option(help="TICA's keys and values: `own`, or shared as the `teacher` does.")
+    ] = "own",
+    text: Annotated[
+        str, typer.Option(help="Text to fit scales on: `builtin`, a file or a folder.")
+    ] = "builtin",
     overrides: Overrides = None,
 ) -> None:
     """Convert a teacher into a student that inherits its weights. Distil it afterwards: it is only a start."""
@@ -156,7 +183,9 @@ def generate(
     model: Annotated[Path, typer.Argument(help="Folder of a teacher or student, with its tokenizer.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     tokens: Annotated[int, typer.Option(help="At most this many new tokens.", min=1)] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.", min=0.0)] = 0.7,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token every time.", min=0.0)
+    ] = 0.7,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Continue a text."""
@@ -200,7 +229,13 @@ def _guarded(call: Callable[[], Any]) -> None:
     try:
         call()
     except (ValueError, FloatingPointError, OSError) as error:
-        errors.print(f"error: {' '.join(str(error).split())}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        errors.print(
+            f"error: {' '.join(str(error).split())}",
+            style="bold red",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
         raise SystemExit(2) from None
 
 

@@ -254,18 +254,21 @@ def _wkv7_inputs(dtype: torch.dtype, repeated: bool) -> dict[str, Tensor]:
 
 
 def _wkv7_results(backend: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    leaves = {name: inputs[name].detach().clone().requires_grad_() for name in WKV7_INPUTS}
-    reset_BT = torch.zeros(leaves["r"].shape[:2], dtype=torch.bool, device=leaves["r"].device)
+    leaves = [inputs[name].detach().clone().requires_grad_() for name in WKV7_INPUTS]
+    r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, state_BHKV = leaves
+    reset_BT = torch.zeros(r_BTHK.shape[:2], dtype=torch.bool, device=r_BTHK.device)
     reset_BT[1, 70] = True
-    o_BTHV, state_BHKV = wkv7(*leaves.values(), reset_BT=reset_BT, backend=backend)
+    o_BTHV, final_BHKV = wkv7(
+        r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, state_BHKV, reset_BT=reset_BT, backend=backend
+    )
     random = torch.Generator().manual_seed(8)
     # Rounded to bfloat16, so that every dtype is given the very same slopes.
     slopes = [
         torch.randn(value.shape, generator=random).bfloat16().to(value.device, value.dtype)
-        for value in (o_BTHV, state_BHKV)
+        for value in (o_BTHV, final_BHKV)
     ]
-    gradients = torch.autograd.grad([o_BTHV, state_BHKV], list(leaves.values()), slopes)
-    return {"o": o_BTHV, "final state": state_BHKV} | {
+    gradients = torch.autograd.grad([o_BTHV, final_BHKV], leaves, slopes)
+    return {"o": o_BTHV, "final state": final_BHKV} | {
         f"gradient of {name}": gradient for name, gradient in zip(WKV7_INPUTS, gradients, strict=True)
     }
 

@@ -63,7 +63,9 @@ def build_teacher(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: 
     return teacher
 
 
-def build_student(teacher: Gemma4ForCausalLM, noise: float = 0.05, **fields: Any) -> TrihybridGemma4ForCausalLM:
+def build_student(
+    teacher: Gemma4ForCausalLM, noise: float = 0.05, **fields: Any
+) -> TrihybridGemma4ForCausalLM:
     """A student whose TICA says something: its output projection starts at zero, which hides mistakes."""
     section = SurgerySection(
         rwkv7=Rwkv7Section(head_dim=16, decay_rank=6, iclr_rank=5, gate_rank=7),

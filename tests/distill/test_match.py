@@ -24,7 +24,9 @@ KINDS = [
 ]
 
 
-def dense(teacher, student, tokens_BT: Tensor, positions_BT: Tensor, first: int, **options: Any) -> dict[str, Tensor]:
+def dense(
+    teacher, student, tokens_BT: Tensor, positions_BT: Tensor, first: int, **options: Any
+) -> dict[str, Tensor]:
     """The formula with two whole models and all logits at once."""
 
     def run(model) -> tuple[list[Tensor], Tensor]:
@@ -45,16 +47,24 @@ def dense(teacher, student, tokens_BT: Tensor, positions_BT: Tensor, first: int,
     temperature = options.get("temperature", 1.0)
     p, q = ((x[..., allowed] / temperature).log_softmax(-1) for x in (teacher_BTV, student_BTV))
     distances = [
-        (s - t).pow(2).sum() / t.pow(2).sum() for s, t in list(zip(student_states, teacher_states, strict=True))[first:]
+        (s - t).pow(2).sum() / t.pow(2).sum()
+        for s, t in list(zip(student_states, teacher_states, strict=True))[first:]
     ]
     kl, hidden = (p.exp() * (p - q)).sum(-1).mean(), torch.stack(distances).mean()
     same = (teacher_BTV[..., allowed].argmax(-1) == student_BTV[..., allowed].argmax(-1)).double().mean()
-    return {"loss": kl + options.get("alignment_weight", 0.1) * hidden, "kl": kl, "hidden": hidden, "agreement": same}
+    return {
+        "loss": kl + options.get("alignment_weight", 0.1) * hidden,
+        "kl": kl,
+        "hidden": hidden,
+        "agreement": same,
+    }
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("fields", "train"), KINDS)
-def test_loss_and_gradients_are_the_dense_formula(make_teacher, make_student, block, fields, train, checkpointing) -> None:
+def test_loss_and_gradients_are_the_dense_formula(
+    make_teacher, make_student, block, fields, train, checkpointing
+) -> None:
     teacher = make_teacher(torch.float64)
     student = make_student(teacher, **fields)
     naive = copy.deepcopy(student)
@@ -72,7 +82,12 @@ def test_loss_and_gradients_are_the_dense_formula(make_teacher, make_student, bl
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": 2.0}, {"alignment_weight": 0.0}, {"alignment_weight": 3.0}, {"allowed_V": torch.arange(5, 60, 3)}],
+    [
+        {"temperature": 2.0},
+        {"alignment_weight": 0.0},
+        {"alignment_weight": 3.0},
+        {"allowed_V": torch.arange(5, 60, 3)},
+    ],
 )
 def test_options_do_what_the_formula_says(make_teacher, make_student, block, options) -> None:
     teacher = make_teacher(torch.float64)
@@ -90,7 +105,9 @@ class Inherited(nn.Module):
         super().__init__()
         self.attention = attention
 
-    def forward(self, hidden_states: Tensor, span: object, shared: object, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_states: Tensor, span: object, shared: object, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         return self.attention(hidden_states=hidden_states, **kwargs)
 
 
@@ -98,7 +115,9 @@ def test_a_student_equal_to_its_teacher_scores_nothing(make_teacher, make_studen
     teacher = make_teacher()
     pair = Pair(make_student(teacher), copy.deepcopy(teacher), NEW_MIXERS)
     for index in pair.converted:
-        pair.student.model.layers[index].self_attn = Inherited(copy.deepcopy(teacher.model.layers[index].self_attn))
+        pair.student.model.layers[index].self_attn = Inherited(
+            copy.deepcopy(teacher.model.layers[index].self_attn)
+        )
     loss, parts = Matching(pair)(*block)
     assert parts["hidden"].item() == 0
     assert abs(parts["kl"].item()) <= 1e-7 and abs(loss.item()) <= 1e-7
@@ -113,7 +132,9 @@ def test_layers_below_the_first_difference_run_once(make_teacher, make_student, 
         calls = []
         for index, layer in enumerate(pair.student.model.layers):
             # Frozen, so that both streams pass through this very module.
-            layer.pre_feedforward_layernorm.register_forward_hook(lambda *_, index=index: calls.append(index))
+            layer.pre_feedforward_layernorm.register_forward_hook(
+                lambda *_, index=index, calls=calls: calls.append(index)
+            )
         Matching(pair)(*block)
         assert [calls.count(index) for index in range(9)] == [1] * first + [2] * (9 - first)
 
@@ -145,6 +166,12 @@ def test_task(make_teacher, make_student, make_batch) -> None:
     pair = Pair(make_student(teacher), copy.deepcopy(teacher), NEW_MIXERS)
     task = MatchTask(Matching(pair, alignment_weight=0.5))
     loss, metrics = task.loss(make_batch(1))
-    assert task.parameters() is pair.trained and task.roles() == pair.roles() and task.tokens(make_batch(1)) == 48
-    assert set(metrics) == {"kl", "hidden", "agreement"} and not any(v.requires_grad for v in metrics.values())
+    assert (
+        task.parameters() is pair.trained
+        and task.roles() == pair.roles()
+        and task.tokens(make_batch(1)) == 48
+    )
+    assert set(metrics) == {"kl", "hidden", "agreement"} and not any(
+        v.requires_grad for v in metrics.values()
+    )
     assert loss.item() == pytest.approx((metrics["kl"] + 0.5 * metrics["hidden"]).item())

@@ -41,13 +41,19 @@ def student_logits(pair: Pair, tokens_BT: Tensor, positions_BT: Tensor) -> Tenso
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("train", [(), ("model.layers.3.self_attn.*",), ("model.layers.*.mlp.*", "*_layernorm.weight")])
-def test_both_streams_are_the_stock_models_to_the_bit(make_teacher, make_student, block, dtype, train) -> None:
+@pytest.mark.parametrize(
+    "train", [(), ("model.layers.3.self_attn.*",), ("model.layers.*.mlp.*", "*_layernorm.weight")]
+)
+def test_both_streams_are_the_stock_models_to_the_bit(
+    make_teacher, make_student, block, dtype, train
+) -> None:
     teacher = make_teacher(dtype)
     student = make_student(teacher)
     tokens_BT, positions_BT = block
     with torch.no_grad():
-        expected = [m(tokens_BT, position_ids=positions_BT, use_cache=False).logits for m in (teacher, student)]
+        expected = [
+            m(tokens_BT, position_ids=positions_BT, use_cache=False).logits for m in (teacher, student)
+        ]
     pair = pair_of(teacher, student, *train)
     assert torch.equal(teacher_logits(pair, *block), expected[0])
     assert torch.equal(student_logits(pair, *block), expected[1])
@@ -85,7 +91,9 @@ def test_a_trained_retained_tensor_leaves_its_twin_alone(make_teacher, make_stud
     with torch.no_grad():
         pair.trained[SLIDING].add_(0.3)
     assert torch.equal(teacher_logits(pair, *block), expected)
-    assert torch.equal(pair.teacher_layers["3"].self_attn.q_proj.weight, teacher.model.layers[3].self_attn.q_proj.weight)
+    assert torch.equal(
+        pair.teacher_layers["3"].self_attn.q_proj.weight, teacher.model.layers[3].self_attn.q_proj.weight
+    )
 
 
 def test_master_weights_are_float32_and_the_rest_stays(make_teacher, make_student, block) -> None:
@@ -120,7 +128,12 @@ def test_frozen_parameters_get_no_gradient(make_teacher, make_student, block) ->
     loss.backward()
     graded = {name for name, p in pair.student.named_parameters() if p.grad is not None}
     assert graded == set(pair.trained)
-    assert all(p.grad is None for layer in pair.teacher_layers.values() for n, p in layer.named_parameters() if "attention" in n)
+    assert all(
+        p.grad is None
+        for layer in pair.teacher_layers.values()
+        for n, p in layer.named_parameters()
+        if "attention" in n
+    )
     assert all(torch.isfinite(p.grad).all() for p in pair.trained.values())
 
 
@@ -132,7 +145,9 @@ def test_roles_cover_what_trains(make_teacher, make_student) -> None:
     prefix = "model.layers.5.self_attn"
     assert roles[f"{prefix}.rwkv7.w0"] == "decay"
     assert roles[f"{prefix}.rwkv7.w1"] == roles[f"{prefix}.tica.g2"] == "lowrank"
-    assert roles[f"{prefix}.rwkv7.r_norm.weight"] == roles["model.layers.3.input_layernorm.weight"] == "vector"
+    assert (
+        roles[f"{prefix}.rwkv7.r_norm.weight"] == roles["model.layers.3.input_layernorm.weight"] == "vector"
+    )
     assert roles[f"{prefix}.tica.q_proj.weight"] == roles["model.layers.3.mlp.up_proj.weight"] == "matrix"
 
 
@@ -153,7 +168,12 @@ def test_patterns_that_cannot_train_are_refused(make_teacher, make_student, trai
 
 @pytest.mark.parametrize(
     "name",
-    ["model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight", "model.layers.1.layer_scalar", "model.norm.weight"],
+    [
+        "model.layers.0.mlp.up_proj.weight",
+        "model.embed_tokens.weight",
+        "model.layers.1.layer_scalar",
+        "model.norm.weight",
+    ],
 )
 def test_another_teacher_is_refused_by_the_name_of_a_tensor(make_teacher, make_student, name) -> None:
     teacher = make_teacher()
@@ -167,7 +187,9 @@ def test_another_teacher_is_refused_by_the_name_of_a_tensor(make_teacher, make_s
 
 def test_another_dtype_is_refused(make_teacher, make_student) -> None:
     student = make_student(make_teacher())
-    with pytest.raises(ValueError, match=r"float64 in the teacher, torch.float32 in the student; load both in one dtype"):
+    with pytest.raises(
+        ValueError, match=r"float64 in the teacher, torch.float32 in the student; load both in one dtype"
+    ):
         Pair(student, make_teacher(torch.float64), NEW_MIXERS)
 
 

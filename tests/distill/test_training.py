@@ -21,7 +21,14 @@ class Stop(Exception):
 
 @pytest.fixture
 def run(make_teacher, make_student, make_batch):
-    def run(folder: Path, stage: str, steps: int, stop: int | None = None, every: int = 2, train: tuple[str, ...] = ()):
+    def run(
+        folder: Path,
+        stage: str,
+        steps: int,
+        stop: int | None = None,
+        every: int = 2,
+        train: tuple[str, ...] = (),
+    ):
         teacher = make_teacher()
         pair = Pair(make_student(teacher), copy.deepcopy(teacher), [*NEW_MIXERS, *train])
         task = AlignTask(pair) if stage == "align" else MatchTask(Matching(pair, chunk=64))
@@ -36,7 +43,7 @@ def run(make_teacher, make_student, make_batch):
         def batches(step: int):
             if step == stop:
                 raise Stop
-            return make_batch(step % 4, rows=4)
+            return make_batch(step % 2)
 
         folder.mkdir(exist_ok=True)
         checkpoints = Checkpoints(folder / "checkpoints", stage_hash=stage, parent_hash="parent")
@@ -49,7 +56,7 @@ def run(make_teacher, make_student, make_batch):
 
 @pytest.mark.parametrize(("stage", "name"), [("align", "loss"), ("match", "kl")])
 def test_a_few_steps_lower_what_the_stage_is_about(run, tmp_path, stage, name) -> None:
-    _, rows = run(tmp_path, stage, 16, every=100)
+    _, rows = run(tmp_path, stage, 12, every=100)
     values = [row[name] for row in rows]
     assert all(math.isfinite(value) for value in values)
     assert sum(values[-4:]) < 0.85 * sum(values[:4])

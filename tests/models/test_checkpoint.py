@@ -263,10 +263,10 @@ def test_teacher_config_from_a_shape_or_a_folder_without_weights(folder: Path, t
         with pytest.raises(ValueError, match=message):
             load_teacher_config(str(folder))
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="no config.json"):
+    with pytest.raises(ValueError, match=r"no config\.json"):
         load_teacher_config(str(folder))
     with pytest.raises(
-        ValueError, match='no built-in shape "nowhere"; known: .*; or give a folder with a config.json'
+        ValueError, match=r'no built-in shape "nowhere"; known: .*; or give a folder with a config.json'
     ):
         load_teacher_config("nowhere")
 

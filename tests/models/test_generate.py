@@ -40,18 +40,18 @@ def test_beams_with_cache_are_beams_without(student: MakeModel, tokens: Tokens, 
     assert torch.equal(cached, generate(model, ids, use_cache=False, **beams))
 
 
-def test_sampling_repeats_under_a_seed(student: MakeModel, tokens: Tokens, typical_layout: str) -> None:
-    model, ids = student(typical_layout), tokens(1, 10)
+@pytest.mark.parametrize("name", ["tica_everywhere", "recurrence_first"])
+def test_sampling_is_its_seed_with_and_without_a_cache(student: MakeModel, tokens: Tokens, name: str) -> None:
+    model, ids = student(name), tokens(1, 10)
     drawn = []
-    for seed, use_cache in ((5, True), (5, True), (5, False), (6, True)):
+    for seed, use_cache in ((5, True), (5, False), (6, True)):
         torch.manual_seed(seed)
         options = {"do_sample": True, "num_return_sequences": 3, "top_k": 20, "temperature": 1.5}
         drawn.append(generate(model, ids, use_cache=use_cache, **options))
     assert drawn[0].shape == (3, 18)
     assert len({tuple(row) for row in drawn[0].tolist()}) == 3
     assert torch.equal(drawn[0], drawn[1])
-    assert torch.equal(drawn[0], drawn[2])
-    assert not torch.equal(drawn[0], drawn[3])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_left_padded_batch_is_each_row_alone(student: MakeModel, tokens: Tokens, typical_layout: str) -> None:

@@ -92,9 +92,9 @@ def test_chunks_with_a_cache_are_one_pass(
 
 @torch.no_grad()
 def test_chunks_with_a_preallocated_cache_are_one_pass(
-    student: MakeModel, tokens: Tokens, difference: Difference, layout: str
+    student: MakeModel, tokens: Tokens, difference: Difference, typical_layout: str
 ) -> None:
-    model, ids = student(layout), tokens(2, 30)
+    model, ids = student(typical_layout), tokens(2, 30)
     cache = StaticCache(config=model.config, max_cache_len=37)
     parts = [
         model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 13), (13, 14), (14, 25), (25, 30))
@@ -104,9 +104,9 @@ def test_chunks_with_a_preallocated_cache_are_one_pass(
 
 @torch.no_grad()
 def test_later_tokens_change_nothing_earlier(
-    student: MakeModel, tokens: Tokens, difference: Difference, layout: str
+    student: MakeModel, tokens: Tokens, difference: Difference, typical_layout: str
 ) -> None:
-    model, ids = student(layout), tokens(1, 24)
+    model, ids = student(typical_layout), tokens(1, 24)
     other = ids.clone()
     other[:, 15] = (other[:, 15] + 1) % 90 + 3
     before, after = model(ids).logits, model(other).logits
@@ -144,10 +144,10 @@ def test_left_padding_changes_nothing(
 
 @torch.no_grad()
 def test_padding_longer_than_a_block(
-    student: MakeModel, tokens: Tokens, difference: Difference, layout: str
+    student: MakeModel, tokens: Tokens, difference: Difference, typical_layout: str
 ) -> None:
     """A block that holds nothing but padding leaves no trace (and no NaN)."""
-    model, ids = student(layout), tokens(1, 12)
+    model, ids = student(typical_layout), tokens(1, 12)
     mask = torch.cat([torch.zeros(1, 9, dtype=torch.long), torch.ones(1, 12, dtype=torch.long)], 1)
     first = model(torch.zeros(1, 9, dtype=torch.long), attention_mask=mask[:, :9])
     rest = model(ids, attention_mask=mask, past_key_values=first.past_key_values)
@@ -156,9 +156,9 @@ def test_padding_longer_than_a_block(
 
 @torch.no_grad()
 def test_right_padding_changes_nothing(
-    student: MakeModel, tokens: Tokens, difference: Difference, layout: str
+    student: MakeModel, tokens: Tokens, difference: Difference, typical_layout: str
 ) -> None:
-    model, ids = student(layout), tokens(2, 20)
+    model, ids = student(typical_layout), tokens(2, 20)
     mask = torch.ones_like(ids)
     mask[0, 13:] = 0
     out = model(ids, attention_mask=mask).logits
@@ -223,9 +223,9 @@ def test_embeddings_instead_of_ids(student: MakeModel, tokens: Tokens, per_layer
 
 
 @torch.no_grad()
-def test_hidden_states_and_last_norm(student: MakeModel, tokens: Tokens, layout: str) -> None:
+def test_hidden_states_and_last_norm(student: MakeModel, tokens: Tokens, typical_layout: str) -> None:
     """One entry a layer and the embeddings; the last is after the final norm. Converted layers are recorded too."""
-    model, ids = student(layout), tokens(2, 10)
+    model, ids = student(typical_layout), tokens(2, 10)
     out = model(ids, output_hidden_states=True)
     assert [tuple(h.shape) for h in out.hidden_states] == [(2, 10, 32)] * 7
     assert torch.equal(out.hidden_states[0], model.get_input_embeddings()(ids))
@@ -272,8 +272,8 @@ def test_attentions_are_those_of_retained_layers(student: MakeModel, tokens: Tok
 
 
 @torch.no_grad()
-def test_logits_to_keep(student: MakeModel, tokens: Tokens, layout: str) -> None:
-    model, ids = student(layout), tokens(2, 14)
+def test_logits_to_keep(student: MakeModel, tokens: Tokens, typical_layout: str) -> None:
+    model, ids = student(typical_layout), tokens(2, 14)
     whole = model(ids).logits
     assert torch.allclose(model(ids, logits_to_keep=3).logits, whole[:, -3:], atol=1e-6)
     kept = torch.tensor([0, 7, 13])
@@ -307,9 +307,11 @@ def test_loss_is_the_cross_entropy_of_capped_logits(student: MakeModel, tokens: 
 
 
 @torch.no_grad()
-def test_eager_is_sdpa(student: MakeModel, tokens: Tokens, difference: Difference, layout: str) -> None:
+def test_eager_is_sdpa(
+    student: MakeModel, tokens: Tokens, difference: Difference, typical_layout: str
+) -> None:
     """Chosen after the model was built, too: retained layers and their masks follow, cached and not."""
-    model, ids = student(layout), tokens(2, 20)
+    model, ids = student(typical_layout), tokens(2, 20)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     assert model.config._attn_implementation == "sdpa"
@@ -337,21 +339,21 @@ def test_every_parameter_gets_its_gradient_with_the_default_cache(
         assert torch.equal(with_cache[name], gradient), name
 
 
-@pytest.mark.parametrize("borders", [False, True], ids=["one_document", "packed"])
 def test_checkpointing_is_exact_for_every_parameter(
-    student: MakeModel, tokens: Tokens, layout: str, borders: bool, checkpointing: Callable[..., None]
+    student: MakeModel, tokens: Tokens, layout: str, checkpointing: Callable[..., None]
 ) -> None:
     model, ids = student(layout).train(), tokens(2, 20)
-    positions = {"position_ids": torch.cat([torch.arange(8), torch.arange(12)])[None]} if borders else {}
-    expected = gradients(model, ids, use_cache=False, **positions)
+    packed = {"position_ids": torch.cat([torch.arange(8), torch.arange(12)])[None]}
+    expected = [gradients(model, ids, use_cache=False, **positions) for positions in ({}, packed)]
     checkpointing(model)
     recomputed = []
     hook = model.model.layers[3].mlp.register_forward_hook(lambda *_: recomputed.append(1))
-    actual = gradients(model, ids, use_cache=False, **positions)
+    actual = [gradients(model, ids, use_cache=False, **positions) for positions in ({}, packed)]
     hook.remove()
-    assert len(recomputed) == 2
-    for name, gradient in expected.items():
-        assert torch.equal(actual[name], gradient), name
+    assert len(recomputed) == 4
+    for before, after in zip(expected, actual, strict=True):
+        for name, gradient in before.items():
+            assert torch.equal(after[name], gradient), name
 
 
 # Number formats

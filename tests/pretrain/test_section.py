@@ -15,7 +15,8 @@ def test_the_shape_becomes_a_model_over_the_tokenizers_vocabulary(shape) -> None
     base = section_of(shape).configuration(61)
     assert (base.vocab_size, base.vocab_size_per_layer_input) == (61, 61)
     assert [base.per_layer_config[i].head_dim for i in range(3)] == [8, 16, 16]
-    assert {name: getattr(base, name) for name in shape if name != "global_head_dim"} == {
+    fields = base.to_dict()
+    assert {name: fields[name] for name in shape if name != "global_head_dim"} == {
         name: value for name, value in shape.items() if name != "global_head_dim"
     }
     model = Gemma4ForCausalLM(base)
@@ -24,7 +25,9 @@ def test_the_shape_becomes_a_model_over_the_tokenizers_vocabulary(shape) -> None
 
 
 def test_unknown_fields_are_named(shape) -> None:
-    with pytest.raises(ValueError, match=r"shape: unknown fields \['depth', 'widht'\]; see transformers' Gemma4TextConfig"):
+    with pytest.raises(
+        ValueError, match=r"shape: unknown fields \['depth', 'widht'\]; see transformers' Gemma4TextConfig"
+    ):
         section_of(shape | {"widht": 1, "depth": 2}).configuration(61)
 
 
@@ -35,7 +38,12 @@ def test_fields_that_are_not_the_shapes_to_give_are_refused(shape, name) -> None
 
 
 @pytest.mark.parametrize(
-    "change", [{"num_kv_shared_layers": 2}, {"hidden_size": "wide"}, {"layer_types": ["sliding_attention", "full_attention"]}]
+    "change",
+    [
+        {"num_kv_shared_layers": 2},
+        {"hidden_size": "wide"},
+        {"layer_types": ["sliding_attention", "full_attention"]},
+    ],
 )
 def test_shapes_that_cannot_be_are_refused(shape, change) -> None:
     with pytest.raises(ValueError, match=r"^shape: "):

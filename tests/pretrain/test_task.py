@@ -33,7 +33,9 @@ def test_loss_and_gradients_are_transformers_own(shape, dtype, cap) -> None:
     whatever the dtype."""
     model = model_of(shape, dtype, final_logit_softcapping=cap)
     batch = batch_of(18)
-    expected = model(batch.tokens_BT[:, :-1], shift_labels=batch.targets, labels=batch.targets, use_cache=False).loss
+    expected = model(
+        batch.tokens_BT[:, :-1], shift_labels=batch.targets, labels=batch.targets, use_cache=False
+    ).loss
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -60,7 +62,10 @@ def test_packed_documents_are_separate_documents(shape) -> None:
     model = model_of(shape)
     task = PretrainTask(model)
     whole = batch_of(9, 12)
-    parts = [Batch(t, p) for t, p in zip(whole.tokens_BT.split([9, 12], 1), whole.positions_BT.split([9, 12], 1), strict=True)]
+    parts = [
+        Batch(t, p)
+        for t, p in zip(whole.tokens_BT.split([9, 12], 1), whole.positions_BT.split([9, 12], 1), strict=True)
+    ]
     with torch.no_grad():
         losses = [task.loss(part)[0] for part in parts]
         assert relative_error(task.loss(whole)[0], (8 * losses[0] + 11 * losses[1]) / 19) <= 1e-10

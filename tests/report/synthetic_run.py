@@ -22,7 +22,7 @@ def write_run(folder: Path) -> Path:
     (folder / "recipe.yaml").write_text(f"name: tiny\nnote: {HOSTILE!r}\nsteps: 300\n", encoding="utf-8")
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _log()), encoding="utf-8")
     parts = {
-        "lineage.json": _lineage(),
+        "lineage.json": {"version": 1, "records": _lineage()},
         "plan.json": _plan(),
         "results.json": [_result(stage, *row) for stage, row in RESULTS.items()],
         "samples.json": _samples(),

@@ -31,6 +31,8 @@ def test_missing_and_empty_folders(tmp_path):
         ("plan.json", '{"before": 3}', "before: 3 is not an object"),
         ("plan.json", '{"before": {"flops_per_token": {"long": 1}}}', "context 'long'"),
         ("plan.json", '{"warnings": "many"}', "warnings: 'many' is not a list"),
+        ("lineage.json", "[]", "lineage.json: holds a list"),
+        ("lineage.json", '{"version": 1}', "lineage.json: records: must be a list of objects"),
         ("samples.json", '[{"stage": "teacher", "prompt": 1}]', "samples.json, row 1: prompt and text"),
         ("log.jsonl", '{"kind": "train"}\n', "log.jsonl, row 1: step None"),
         ("log.jsonl", 'x\n{"kind": "event"}\n', "log.jsonl:1: not a JSON object"),

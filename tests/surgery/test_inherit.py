@@ -35,7 +35,9 @@ def projections(case: Heads, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def teacher_scores(case: Heads, query_QWD: Tensor, key_GWD: Tensor, x_TD: Tensor) -> Tensor:
     """[Q, T, T]: products of all channels of a query head with its key head."""
     q_TQW = (x_TD @ query_QWD.T).view(-1, case.query, case.width)
-    k_TGW = (x_TD @ key_GWD.T).view(-1, case.groups, case.width).repeat_interleave(case.query // case.groups, 1)
+    k_TGW = (
+        (x_TD @ key_GWD.T).view(-1, case.groups, case.width).repeat_interleave(case.query // case.groups, 1)
+    )
     return torch.einsum("tqw,sqw->qts", q_TQW, k_TGW)
 
 
@@ -89,7 +91,9 @@ def test_student_head_of_e2b() -> None:
     rows = E2B.query_rows(ordered=False).view(32, 128)
     for block in range(4):
         for head in range(8):
-            assert rows[8 * block + head].tolist() == list(range(head * 512 + block * 128, head * 512 + (block + 1) * 128))
+            assert rows[8 * block + head].tolist() == list(
+                range(head * 512 + block * 128, head * 512 + (block + 1) * 128)
+            )
     assert E2B.key_rows(ordered=False).tolist() == list(range(512))
 
 
@@ -140,7 +144,11 @@ def test_ridge_regression_is_least_squares_in_the_limit() -> None:
 
 
 def test_ridge_regression_minimises_what_it_says() -> None:
-    x_TC, y_TK, penalty = torch.randn(30, 6, dtype=torch.float64), torch.randn(30, 4, dtype=torch.float64), 0.3
+    x_TC, y_TK, penalty = (
+        torch.randn(30, 6, dtype=torch.float64),
+        torch.randn(30, 4, dtype=torch.float64),
+        0.3,
+    )
     weight = ridge_regression(x_TC, y_TK, penalty).requires_grad_()
     loss = (x_TC @ weight.T - y_TK).pow(2).sum() + penalty * x_TC.pow(2).sum() / 6 * weight.pow(2).sum()
     loss.backward()

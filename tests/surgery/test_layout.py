@@ -42,16 +42,35 @@ def test_donors_are_given_only_to_the_mixers_of_a_slot(make_base, make_section) 
         ({"pattern": "SSR * 2"}, r'pattern "SSR \* 2" has 6 slots, the model has 9 layers'),
         ({"pattern": "SSR * x"}, r'cannot read .*; write letters and repeats, as "SSSSR \* 7"'),
         ({"pattern": "SSX * 3"}, r'letter "X" is not in the legend \[\'F\', \'R\', \'S\'\]'),
-        ({"pattern": "SSR SRR SSR"}, r"slot 4 is a sliding layer .* rwkv7\+tica; global layers are \[2, 5, 8\]"),
-        ({"pattern": "SSF SSR SSF"}, r"slot 8 is retained .* layer 5, which is converted; convert slot 8 too or keep"),
-        ({"pattern": "SSF SFF SSF"}, r'slot 4 is "full", the teacher\'s layer is "sliding"; .* keeps the teacher'),
-        ({"pattern": "SSR SSF SSR", "share_kv": "teacher"}, r"slot 8: tica would share .* layer 5, .* give slot 5 a tica"),
         (
-            {"pattern": "SSR SST SSR", "legend": {"S": "sliding", "T": "tica", "R": "rwkv7"}, "donor_keys_values": "share"},
+            {"pattern": "SSR SRR SSR"},
+            r"slot 4 is a sliding layer .* rwkv7\+tica; global layers are \[2, 5, 8\]",
+        ),
+        (
+            {"pattern": "SSF SSR SSF"},
+            r"slot 8 is retained .* layer 5, which is converted; convert slot 8 too or keep",
+        ),
+        (
+            {"pattern": "SSF SFF SSF"},
+            r'slot 4 is "full", the teacher\'s layer is "sliding"; .* keeps the teacher',
+        ),
+        (
+            {"pattern": "SSR SSF SSR", "share_kv": "teacher"},
+            r"slot 8: tica would share .* layer 5, .* give slot 5 a tica",
+        ),
+        (
+            {
+                "pattern": "SSR SST SSR",
+                "legend": {"S": "sliding", "T": "tica", "R": "rwkv7"},
+                "donor_keys_values": "share",
+            },
             r"slot 8: rwkv7 would share .* give slot 5 a rwkv7, or do not share",
         ),
         ({"legend": {"S": "sliding", "R": ["rwkv7", "rwkv7"]}}, r"must name each mixer once"),
-        ({"legend": {"S": "sliding", "R": ["rwkv7", "full"]}}, r"adds to a retained attention; add tica to rwkv7 only"),
+        (
+            {"legend": {"S": "sliding", "R": ["rwkv7", "full"]}},
+            r"adds to a retained attention; add tica to rwkv7 only",
+        ),
         ({"legend": {"S": "sliding", "R": "mamba"}}, r'no mixer "mamba"; choose from'),
     ],
 )
@@ -90,7 +109,13 @@ def test_sizes_reach_the_configuration_and_absent_mixers_have_none(make_base, ma
 
 @pytest.mark.parametrize(
     "fields",
-    [{"share_kv": "some"}, {"ridge": 0.0}, {"calibration_tokens": 1}, {"rwkv7": {"head_dim": 0}}, {"no_such_field": 1}],
+    [
+        {"share_kv": "some"},
+        {"ridge": 0.0},
+        {"calibration_tokens": 1},
+        {"rwkv7": {"head_dim": 0}},
+        {"no_such_field": 1},
+    ],
 )
 def test_section_bounds(fields) -> None:
     with pytest.raises(ValidationError, match=next(iter(fields))):

@@ -18,7 +18,11 @@ from trihybrid.surgery.plan import make_plan
 CONVERTED = (2, 5, 8)
 CHOICES = list(
     itertools.product(
-        ("copy", "ridge", "share"), ("own", "teacher"), ("fresh", "inherited"), ("permuted", "plain"), ("unit", "published")
+        ("copy", "ridge", "share"),
+        ("own", "teacher"),
+        ("fresh", "inherited"),
+        ("permuted", "plain"),
+        ("unit", "published"),
     )
 )
 
@@ -88,10 +92,20 @@ def test_student_of_a_bfloat16_teacher_keeps_rotary_frequencies_in_float32(
     assert logits[0].dtype == torch.bfloat16 and logits[0].isfinite().all()
 
 
+@pytest.fixture(scope="module")
+def short_teacher(make_teacher):
+    """Four layers; the last two read the keys and values of the first two."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    return make_teacher(num_hidden_layers=4, layer_types=kinds, num_kv_shared_layers=2)
+
+
 @pytest.mark.parametrize(("keys", "share", "start", "heads", "gate"), CHOICES)
-def test_every_choice_runs_and_loads_to_the_bit(make, teacher, tmp_path, calibration, keys, share, start, heads, gate) -> None:
-    fields = {"donor_keys_values": keys, "share_kv": share, "start": start, "heads": heads, "gate": gate}
-    student = make(**fields)
+def test_every_choice_runs_and_loads_to_the_bit(
+    short_teacher, make_section, tmp_path, calibration, keys, share, start, heads, gate
+) -> None:
+    section = make_section(gate, start, donor_keys_values=keys, share_kv=share, heads=heads)
+    plan = make_plan(short_teacher.config, section, "tiny", contexts=(64,))
+    student = operate(short_teacher, plan, [calibration])
     student.save_pretrained(tmp_path)
     loaded = load_model(tmp_path)
     assert same_bits(student, loaded)
@@ -102,12 +116,18 @@ def test_every_choice_runs_and_loads_to_the_bit(make, teacher, tmp_path, calibra
         assert torch.equal(logits, loaded(tokens_BT, position_ids=positions_BT, use_cache=False).logits)
         # Three greedy steps over the cache say what one pass without it says.
         prompt = tokens_BT[:, :10]
-        told = student.generate(prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False, attention_mask=torch.ones_like(prompt))
+        told = student.generate(
+            prompt,
+            max_new_tokens=3,
+            min_new_tokens=3,
+            do_sample=False,
+            attention_mask=torch.ones_like(prompt),
+        )
         scores = student(told, use_cache=False).logits[:, 9:12]
         scores[..., 1] = -torch.inf  # the end of a text, which min_new_tokens forbids
         assert torch.equal(told[:, 10:], scores.argmax(-1))
     # Donors have no projections of their own.
-    names = {name for name, _ in loaded.model.layers[8].self_attn.named_parameters()}
+    names = {name for name, _ in loaded.model.layers[3].self_attn.named_parameters()}
     assert ("rwkv7.key.weight" in names) == (keys != "share")
     assert ("tica.k_proj.weight" in names) == (share == "own")
 
@@ -134,7 +154,9 @@ def test_values_have_rms_one_as_behind_the_teachers_norm(make, teacher, calibrat
         assert rms((records[index].inputs[0] @ value.T).detach()) == pytest.approx(1.0, rel=1e-4)
 
 
-@pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 2}, {"attention_k_eq_v": True, "num_global_key_value_heads": 2}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"num_key_value_heads": 2}, {"attention_k_eq_v": True, "num_global_key_value_heads": 2}]
+)
 def test_inherited_projections_are_the_teachers_rows(make_teacher, make_section, calibration, shape) -> None:
     """Receptance and key, times their norm's weight, are the teacher's rows times its norm's weight: student head
     (g J + j) R + i holds block j of head g R + i, and keys of layer 8 come from layer 5."""
@@ -148,7 +170,9 @@ def test_inherited_projections_are_the_teachers_rows(make_teacher, make_section,
         mixer = student.model.layers[index].self_attn.rwkv7
         own, lender = teacher.model.layers[index].self_attn, teacher.model.layers[owner].self_attn
         query = (own.q_proj.weight.view(4, 32, 32) * own.q_norm.weight[:, None])[:, order].view(4, 2, 16, 32)
-        key = (lender.k_proj.weight.view(groups, 32, 32) * lender.k_norm.weight[:, None])[:, order].view(groups * 2, 16, 32)
+        key = (lender.k_proj.weight.view(groups, 32, 32) * lender.k_norm.weight[:, None])[:, order].view(
+            groups * 2, 16, 32
+        )
         receptance = mixer.receptance.weight.view(8, 16, 32) * mixer.r_norm.weight[:, None]
         found_key = mixer.key.weight.view(groups * 2, 16, 32) * mixer.k_norm.weight[:, None]
         torch.testing.assert_close(found_key, key)
@@ -185,7 +209,9 @@ def test_inherited_tica_reads_content_channels_only(make, teacher) -> None:
         assert not tica.o_proj.weight.any()
 
 
-def test_inherited_tica_that_finds_no_content_channels_is_refused(make_teacher, make_section, calibration) -> None:
+def test_inherited_tica_that_finds_no_content_channels_is_refused(
+    make_teacher, make_section, calibration
+) -> None:
     rope = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 1.0, "rope_theta": 1e6},
@@ -193,7 +219,9 @@ def test_inherited_tica_that_finds_no_content_channels_is_refused(make_teacher, 
     teacher = make_teacher(rope_parameters=rope)
     section = make_section(start="inherited", heads="plain")
     plan = make_plan(teacher.config, section, "tiny", contexts=(64,))
-    with pytest.raises(ValueError, match=r'tica.start is "inherited": 0 channels .* lower it, or start fresh'):
+    with pytest.raises(
+        ValueError, match=r'tica.start is "inherited": 0 channels .* lower it, or start fresh'
+    ):
         operate(teacher, plan, [calibration])
 
 
@@ -212,7 +240,10 @@ def test_seeds(make, teacher) -> None:
     assert "model.layers.2.self_attn.rwkv7.w1" in differing
     assert "model.layers.2.self_attn.tica.q_proj.weight" in differing
     # What is inherited and not scaled does not depend on the seed.
-    assert not any(name.endswith(("receptance.weight", "key.weight", "value.weight", "norm.weight")) for name in differing)
+    assert not any(
+        name.endswith(("receptance.weight", "key.weight", "value.weight", "norm.weight"))
+        for name in differing
+    )
     torch.manual_seed(1)
     state = torch.random.get_rng_state()
     make(seed=3)
@@ -223,7 +254,9 @@ def test_plans_of_other_teachers_and_empty_calibration_are_refused(
     make_base, make_section, teacher, calibration
 ) -> None:
     foreign = make_plan(make_base(global_head_dim=64), make_section(), "wide", contexts=(64,))
-    with pytest.raises(ValueError, match=r'made for teacher "wide", which has another shape; make a new plan'):
+    with pytest.raises(
+        ValueError, match=r'made for teacher "wide", which has another shape; make a new plan'
+    ):
         operate(teacher, foreign, [calibration])
     plan = make_plan(teacher.config, make_section(), "tiny", contexts=(64,))
     with pytest.raises(ValueError, match="no calibration tokens; give at least one block"):
@@ -244,7 +277,8 @@ def test_ridge_regression_is_nearer_the_donor_than_the_copy(teacher, make_sectio
     """On other tokens than those it was fitted on, as directions (both are rescaled)."""
     generator = torch.Generator().manual_seed(99)
     seen, held_out = (
-        (torch.randint(3, 97, (12, 40), generator=generator), calibration[1][:1].expand(12, -1)) for _ in range(2)
+        (torch.randint(3, 97, (12, 40), generator=generator), calibration[1][:1].expand(12, -1))
+        for _ in range(2)
     )
     records = record_layers(teacher, [held_out], [5, 8])
     lender = teacher.model.layers[5].self_attn

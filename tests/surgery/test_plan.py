@@ -11,7 +11,11 @@ MIXER = 21_111_296
 # Queries and output of 512 channels, keys and values of 256, two norms of 128, a gate of rank 128.
 TICA = 2 * 1536 * 512 + 2 * 1536 * 256 + 2 * 128 + (1536 + 512) * 128
 MORE = "keys and values that grow with context rise"
-LENDS, PREFILL, SCORES = "lends keys and values to layers", "gives up that fast prefill", "score FLOPs in converted slots"
+LENDS, PREFILL, SCORES = (
+    "lends keys and values to layers",
+    "gives up that fast prefill",
+    "score FLOPs in converted slots",
+)
 NOTHING = "nothing grows with context any more"
 
 
@@ -149,7 +153,10 @@ def test_the_hash_knows_the_shape(make_base) -> None:
         (lambda plan: [plan], "not a plan: expected a JSON object"),
         (lambda plan: {k: v for k, v in plan.items() if k != "surgery"}, "not a plan"),
         (lambda plan: plan | {"format": 7}, "plan format is 7; this version reads 1; make the plan again"),
-        (lambda plan: plan | {"teacher_hash": "0"}, 'made for teacher "tiny", which has another shape; make a new plan'),
+        (
+            lambda plan: plan | {"teacher_hash": "0"},
+            'made for teacher "tiny", which has another shape; make a new plan',
+        ),
         (lambda plan: plan | {"surgery": plan["surgery"] | {"heads": "any"}}, "heads"),
     ],
 )
@@ -170,7 +177,9 @@ def test_foreign_plans_are_refused(make_base, make_section, change, message) -> 
 def test_sources_of_keys_and_values(make_base, make_section, fields, word) -> None:
     plan = make_plan(make_base(), make_section(**fields), "tiny", contexts=(64,))
     assert plan["layers"][8]["sources"]["rwkv7.key, value"].startswith(word)
-    assert plan["layers"][5]["sources"]["rwkv7.key, value"].startswith("layer 5 k_proj and v_proj rows permuted")
+    assert plan["layers"][5]["sources"]["rwkv7.key, value"].startswith(
+        "layer 5 k_proj and v_proj rows permuted"
+    )
 
 
 def test_sources_of_starts_and_order(make_base, make_section) -> None:
@@ -178,4 +187,6 @@ def test_sources_of_starts_and_order(make_base, make_section) -> None:
     sources = make_plan(make_base(), section, "tiny", contexts=(64,))["layers"][8]["sources"]
     assert "in plain blocks" in sources["rwkv7.receptance"]
     assert sources["rwkv7.g*"] == "published small gate"
-    assert sources["tica.q, k, v"] == "layer 8 q_proj (keys and values: layer 5) blocks without rotary channels"
+    assert (
+        sources["tica.q, k, v"] == "layer 8 q_proj (keys and values: layer 5) blocks without rotary channels"
+    )

@@ -85,19 +85,29 @@ class PreparedData:
     recall: RecallSet
 
 
-def prepare(section: DataSection, folder: str | Path) -> PreparedData:
+def load_tokenizer(section: DataSection) -> Tokenizer:
+    """The section's tokenizer.
+
+    Raises:
+        ValueError: see `Tokenizer.from_file`.
+    """
+    return Tokenizer.bytes() if section.tokenizer == "bytes" else Tokenizer.from_file(section.tokenizer)
+
+
+def prepare(section: DataSection, folder: str | Path, replace: bool = True) -> PreparedData:
     """Build the shards in `folder`/train and `folder`/validation, or re-use those made of the same input.
 
     Same input means equal tokenizer, texts and settings, by hash; shards of another input are replaced, with
-    one log line. Files that changed since they were written are an error, not a reason to rebuild. One
-    process at a time may prepare a folder: with several ranks, the first prepares and the others then re-use.
+    one log line, or refused where `replace` is False. Nothing is written before all text is read. Files that
+    changed since they were written are an error, not a reason to rebuild. One process at a time may prepare a
+    folder: with several ranks, the first prepares and the others then re-use.
 
     Raises:
         ValueError: for a bad source or tokenizer, shards that fail their check, or probes that the tokenizer
             cannot hold.
     """
     folder = Path(folder)
-    tokenizer = Tokenizer.bytes() if section.tokenizer == "bytes" else Tokenizer.from_file(section.tokenizer)
+    tokenizer = load_tokenizer(section)
     training, validation = split_documents(
         read_documents(section.source), section.validation_fraction, section.seed
     )
@@ -105,11 +115,11 @@ def prepare(section: DataSection, folder: str | Path) -> PreparedData:
 
     mixture = section.recall.model_dump(exclude={"evaluation_documents"}) | {"seed": section.seed}
     train_hash = _hash_input(tokenizer, mixture, training)
-    train = _existing(folder / "train", train_hash)
+    train = _existing(folder / "train", train_hash, replace)
     if train is None:
         train = _write(folder / "train", _with_recall(section, tokenizer, training), tokenizer, train_hash)
     validation_hash = _hash_input(tokenizer, {}, validation)
-    held = _existing(folder / "validation", validation_hash)
+    held = _existing(folder / "validation", validation_hash, replace)
     if held is None:
         held = _write(folder / "validation", validation, tokenizer, validation_hash)
     return PreparedData(tokenizer, train, held, validation, recall)
@@ -152,13 +162,17 @@ def _hash_input(tokenizer: Tokenizer, settings: dict[str, object], texts: list[s
     return digest.hexdigest()
 
 
-def _existing(folder: Path, source_hash: str) -> TokenShards | None:
-    """The shards in the folder if they were made of this input, else None."""
+def _existing(folder: Path, source_hash: str, replace: bool) -> TokenShards | None:
+    """The shards in the folder if they were made of this input, else None; a ValueError if they may not be replaced."""
     if not (folder / MANIFEST).exists():
         return None
     shards = TokenShards(folder)
     if shards.manifest.source_hash == source_hash:
         return shards
+    if not replace:
+        raise ValueError(
+            f"{folder} was made of other text or settings; restore them, or start a new run directory"
+        )
     logger.info("data: %s was made of other text or settings, building it again", folder)
     return None
 

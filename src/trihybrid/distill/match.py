@@ -28,7 +28,7 @@ class Matching(nn.Module):
         alignment_weight: weight of the hidden alignment.
         allowed_V: token ids that the KL compares, or None for all.
         chunk: tokens whose logits exist at once.
-        checkpointing: recompute the student's layers in the backward pass. Only the student's: the teacher keeps nothing.
+        checkpointing: recompute the student's layers in the backward pass; the teacher's keep nothing anyway.
     """
 
     def __init__(

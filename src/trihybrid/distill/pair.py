@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma4ForCausalLM
 
-from trihybrid.mixers.contract import Mixer, linear
+from trihybrid.mixers.contract import Mixer, Projection
 from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
 from trihybrid.models.gemma4.model import Stream
 
@@ -37,13 +37,6 @@ class RecordingAttention(nn.Module):
         return output, weights
 
 
-class MasterLinear(nn.Linear):
-    """A retained projection that trains: its master weight is cast to the dtype of what it multiplies."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight) if self.bias is None else super().forward(input)
-
-
 class Pair(nn.Module):
     """A student, and the teacher's layers where they differ from the student's.
 
@@ -57,14 +50,20 @@ class Pair(nn.Module):
             student's.
     """
 
-    def __init__(self, student: TrihybridGemma4ForCausalLM, teacher: Gemma4ForCausalLM, train: Sequence[str]) -> None:
+    def __init__(
+        self, student: TrihybridGemma4ForCausalLM, teacher: Gemma4ForCausalLM, train: Sequence[str]
+    ) -> None:
         super().__init__()
         self.student = student
         self.trained = self._select(train)
         self.converted = [i for i, slot in enumerate(student.config.slot_list()) if slot.converted]
         self.teacher_layers = nn.ModuleDict()
         for index, layer in enumerate(teacher.model.layers):
-            _check_tensor(layer.layer_scalar, student.model.layers[index].layer_scalar, f"model.layers.{index}.layer_scalar")
+            _check_tensor(
+                layer.layer_scalar,
+                student.model.layers[index].layer_scalar,
+                f"model.layers.{index}.layer_scalar",
+            )
             if _borrow(layer, student.model.layers[index], f"model.layers.{index}.", self.trained):
                 if index in self.converted:
                     layer.self_attn = RecordingAttention(layer.self_attn)
@@ -82,7 +81,9 @@ class Pair(nn.Module):
             if not trains:
                 continue
             if not name.startswith("model.layers."):
-                raise ValueError(f"train: {list(train)} matches {name}; only layers may train, teacher and student share the rest")
+                raise ValueError(
+                    f"train: {list(train)} matches {name}; only layers may train, teacher and student share the rest"
+                )
             # A master weight: small updates vanish in bfloat16; the mixers cast it where they use it.
             if parameter.dtype != torch.float64:
                 parameter.data = parameter.data.float()
@@ -94,14 +95,16 @@ class Pair(nn.Module):
 
     def roles(self) -> dict[str, str]:
         """Role of every trained parameter; what is not in a mixer of ours is a matrix or a vector by its shape."""
-        roles = {}
+        roles: dict[str, str] = {}
         for prefix, module in self.student.named_modules():
             if isinstance(module, Mixer):
                 roles |= {f"{prefix}.{name}": role for name, role in module.roles().items()}
-        return {name: roles.get(name, "matrix" if p.dim() == 2 else "vector") for name, p in self.trained.items()}
+        return {
+            name: roles.get(name, "matrix" if p.dim() == 2 else "vector") for name, p in self.trained.items()
+        }
 
     def prepare(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Stream]:
-        """Hidden states [B, T, D] and the stream with what both teacher's and student's layers need; without gradient."""
+        """Hidden states [B, T, D] and the stream with what the layers of both need; without gradient."""
         with torch.no_grad():
             types = set(self.student.model.base.layer_types)
             return self.student.model.prepare(input_ids, position_ids=position_ids, layer_types=types)
@@ -111,7 +114,7 @@ class Pair(nn.Module):
         self, index: int, hidden_BTD: Tensor, stream: Stream, record: dict[str, Tensor] | None = None
     ) -> Tensor:
         """The teacher's layer on the teacher's stream; `record` receives input and output of a converted attention."""
-        layer = self.teacher_layers[str(index)] if str(index) in self.teacher_layers else None
+        layer = dict(self.teacher_layers.items()).get(str(index))
         return self.student.model.layer(index, hidden_BTD, stream, layer, record)
 
     @property
@@ -126,7 +129,11 @@ def _borrow(layer: nn.Module, owner: nn.Module, prefix: str, trained: dict[str, 
     for name, module in list(layer.named_children()):
         other = getattr(owner, name)
         inside = f"{prefix}{name}."
-        if any(n.startswith(inside) for n in trained) and list(module.children()) and type(module) is type(other):
+        if (
+            any(n.startswith(inside) for n in trained)
+            and list(module.children())
+            and type(module) is type(other)
+        ):
             _borrow(module, other, inside, trained)
             kept = True
         elif any(n.startswith(inside) for n in trained) or not isinstance(other, type(module)):
@@ -142,11 +149,10 @@ def _cast_in_forward(student: nn.Module, name: str) -> None:
     path = name.rpartition(".")[0]
     module = student.get_submodule(path)
     if type(module) is nn.Linear and module.bias is None:
-        owner, _, leaf = path.rpartition(".")
-        if isinstance(student.get_submodule(owner), Mixer):
-            return
-        casting = MasterLinear(module.in_features, module.out_features, bias=False, device="meta")
+        with torch.device("meta"):
+            casting = Projection(module.in_features, module.out_features)
         casting.weight = module.weight
+        owner, _, leaf = path.rpartition(".")
         setattr(student.get_submodule(owner), leaf, casting)
 
 
@@ -158,6 +164,10 @@ def _check_equal(module: nn.Module, other: nn.Module, prefix: str) -> None:
 
 def _check_tensor(tensor: Tensor, match: Tensor | None, name: str) -> None:
     if match is not None and match.dtype != tensor.dtype:
-        raise ValueError(f"{name} is {tensor.dtype} in the teacher, {match.dtype} in the student; load both in one dtype")
+        raise ValueError(
+            f"{name} is {tensor.dtype} in the teacher, {match.dtype} in the student; load both in one dtype"
+        )
     if match is None or not torch.equal(match, tensor):
-        raise ValueError(f"{name}: the teacher's tensor is not the student's; this is not the student's teacher")
+        raise ValueError(
+            f"{name}: the teacher's tensor is not the student's; this is not the student's teacher"
+        )

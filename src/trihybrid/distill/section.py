@@ -12,20 +12,35 @@ NEW_MIXERS = ["model.layers.*.self_attn.rwkv7.*", "model.layers.*.self_attn.tica
 class AlignSection(TrainSection):
     """Stage 1: every converted slot learns the teacher's attention output from the teacher's own hidden states."""
 
-    kind: Literal["align"] = Field("align", description="stage 1, hidden alignment")
-    train: list[str] = Field(default_factory=lambda: list(NEW_MIXERS), description="names of parameters to train, with *")
-    checkpointing: bool = Field(False, description="recompute the student's mixers in the backward pass to save memory")
+    kind: Literal["align"] = Field(default="align", description="stage 1, hidden alignment")
+    train: list[str] = Field(
+        default_factory=lambda: list(NEW_MIXERS), description="names of parameters to train, with *"
+    )
+    checkpointing: bool = Field(
+        default=False, description="recompute the student's mixers in the backward pass to save memory"
+    )
 
 
 class MatchSection(TrainSection):
     """Stage 2: the student's distribution follows the teacher's, on the student's own hidden states."""
 
-    kind: Literal["match"] = Field("match", description="stage 2, forward KL with cumulative hidden alignment")
-    train: list[str] = Field(default_factory=lambda: list(NEW_MIXERS), description="names of parameters to train, with *")
-    temperature: float = Field(1.0, gt=0, le=100, description="temperature of both distributions in the KL")
-    alignment_weight: float = Field(0.1, ge=0, le=100, description="weight of the cumulative hidden alignment")
-    vocabulary: Literal["all", "training"] = Field(
-        "all", description="tokens that the KL compares: all, or those that occur in the training text"
+    kind: Literal["match"] = Field(
+        default="match", description="stage 2, forward KL with cumulative hidden alignment"
     )
-    chunk: int = Field(1024, ge=1, description="tokens whose logits exist at once")
-    checkpointing: bool = Field(False, description="recompute the student's layers in the backward pass to save memory")
+    train: list[str] = Field(
+        default_factory=lambda: list(NEW_MIXERS), description="names of parameters to train, with *"
+    )
+    temperature: float = Field(
+        default=1.0, gt=0, le=100, description="temperature of both distributions in the KL"
+    )
+    alignment_weight: float = Field(
+        default=0.1, ge=0, le=100, description="weight of the cumulative hidden alignment"
+    )
+    vocabulary: Literal["all", "training"] = Field(
+        default="all",
+        description="tokens that the KL compares: all, or those that occur in the training text",
+    )
+    chunk: int = Field(default=1024, ge=1, description="tokens whose logits exist at once")
+    checkpointing: bool = Field(
+        default=False, description="recompute the student's layers in the backward pass to save memory"
+    )

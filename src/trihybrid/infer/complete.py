@@ -1,5 +1,7 @@
 """Continuing a text with transformers' `generate`."""
 
+import math
+
 import torch
 from transformers import PreTrainedModel
 
@@ -27,13 +29,21 @@ def complete(
         seed: of the sampling; torch's generator is put back afterwards.
 
     Raises:
-        ValueError: a count or temperature out of range.
+        ValueError: a count, temperature or seed out of range.
     """
     if tokens < 1 or top_k < 1:
         raise ValueError(f"tokens is {tokens} and top_k {top_k}; both must be at least 1")
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}; it must be 0 (likeliest token) or above")
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
+    if not 0 <= temperature < math.inf:
+        raise ValueError(
+            f"temperature is {temperature}; it must be 0 (likeliest token) or a finite number above"
+        )
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; it must lie in 0 to 2**63 - 1")
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": top_k}
+        if temperature
+        else {"do_sample": False}
+    )
     ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(prompt)]], device=model.device)
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(seed)
@@ -45,7 +55,9 @@ def complete(
             eos_token_id=[tokenizer.eos_id, tokenizer.bos_id],
             **sampling,
         )
-    return tokenizer.decode([token for token in output[0, ids.shape[1] :].tolist() if token not in _special(tokenizer)])
+    return tokenizer.decode(
+        [token for token in output[0, ids.shape[1] :].tolist() if token not in _special(tokenizer)]
+    )
 
 
 def _special(tokenizer: Tokenizer) -> tuple[int, ...]:

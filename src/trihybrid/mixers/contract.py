@@ -64,7 +64,9 @@ class Mixer(nn.Module):
     donor: int | None = None
     publishes: int | None = None
 
-    def forward(self, x_BTD: Tensor, span: Span, state: State | None, shared: Shared) -> tuple[Tensor, State | None]:
+    def forward(
+        self, x_BTD: Tensor, span: Span, state: State | None, shared: Shared
+    ) -> tuple[Tensor, State | None]:
         """Mix [B, T, D] into [B, T, D]. `state` None starts from nothing, and the state after the block is returned."""
         raise NotImplementedError
 
@@ -98,7 +100,20 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return nn.functional.linear(x, weight.to(x.dtype))
 
 
-def low_rank(x: Tensor, down: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+class Projection(nn.Linear):
+    """`linear` with a weight of its own, [outputs, inputs], as a module, so that adapters that wrap modules (PEFT) are
+    heard."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+def low_rank(
+    x: Tensor, down: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """activation(x @ down) @ up with raw (in, out) matrices, as the RWKV-7 LoRAs are stored."""
     inner = x @ down.to(x.dtype)
     return (inner if activation is None else activation(inner)) @ up.to(x.dtype)

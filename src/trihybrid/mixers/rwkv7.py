@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from trihybrid.mixers.contract import Cost, HeadNorm, Mixer, Shared, Write, linear, low_rank
+from trihybrid.mixers.contract import Cost, HeadNorm, Mixer, Projection, Shared, Write, low_rank
 from trihybrid.mixers.span import Span
 from trihybrid.mixers.state import RecurrentState, State
 from trihybrid.ops.wkv7 import wkv7
@@ -53,7 +53,9 @@ class Rwkv7Options:
             if getattr(self, name) < 1:
                 raise ValueError(f"rwkv7.{name} is {getattr(self, name)}; it must be at least 1")
         if self.heads % self.kv_heads:
-            raise ValueError(f"rwkv7.heads is {self.heads}; it must be a multiple of rwkv7.kv_heads, {self.kv_heads}")
+            raise ValueError(
+                f"rwkv7.heads is {self.heads}; it must be a multiple of rwkv7.kv_heads, {self.kv_heads}"
+            )
 
 
 class Rwkv7(Mixer):
@@ -81,21 +83,23 @@ class Rwkv7(Mixer):
         super().__init__()
         self.options, self.publishes, self.donor, self.backend = options, index, donor, backend
         hidden, channels = options.hidden_size, options.heads * options.head_dim
-        self.receptance = nn.Linear(hidden, channels, bias=False)
+        self.receptance = Projection(hidden, channels)
         self.r_norm = HeadNorm(options.head_dim, options.norm_epsilon)
         if donor is None:
-            self.key = nn.Linear(hidden, options.kv_heads * options.head_dim, bias=False)
-            self.value = nn.Linear(hidden, options.kv_heads * options.head_dim, bias=False)
+            self.key = Projection(hidden, options.kv_heads * options.head_dim)
+            self.value = Projection(hidden, options.kv_heads * options.head_dim)
             self.k_norm = HeadNorm(options.head_dim, options.norm_epsilon)
-        self.output = nn.Linear(channels, hidden, bias=False)
+        self.output = Projection(channels, hidden)
         self.w0, self.a0 = nn.Parameter(torch.empty(channels)), nn.Parameter(torch.empty(channels))
         for letter, rank in (("w", options.decay_rank), ("a", options.iclr_rank), ("g", options.gate_rank)):
             self.register_parameter(f"{letter}1", nn.Parameter(torch.empty(hidden, rank)))
             self.register_parameter(f"{letter}2", nn.Parameter(torch.empty(rank, channels)))
 
-    def forward(self, x_BTD: Tensor, span: Span, state: State | None, shared: Shared) -> tuple[Tensor, State | None]:
+    def forward(
+        self, x_BTD: Tensor, span: Span, state: State | None, shared: Shared
+    ) -> tuple[Tensor, State | None]:
         o_BTC, g_BTC, after = self.recur(x_BTD, span, state, shared)
-        return linear(o_BTC * g_BTC, self.output.weight), after
+        return self.output(o_BTC * g_BTC), after
 
     def recur(
         self, x_BTD: Tensor, span: Span, state: State | None, shared: Shared
@@ -105,11 +109,11 @@ class Rwkv7(Mixer):
             raise ValueError(f"rwkv7 needs a RecurrentState, got {type(state).__name__}")
         options = self.options
         heads = (options.heads, options.head_dim)
-        r_BTHN = self.r_norm(linear(x_BTD, self.receptance.weight).unflatten(-1, heads))
+        r_BTHN = self.r_norm(self.receptance(x_BTD).unflatten(-1, heads))
         k_BTGN, v_BTGN = self._keys_values(x_BTD, shared)
 
-        # From their pre-activations on, decay and iclr are float32: in bf16 a W near one would lose its distance from one,
-        # and a float32 master weight would mean something else than the bf16 weight that it is saved as.
+        # From their pre-activations on, decay and iclr are float32: in bf16 a W near one would lose its distance from
+        # one, and a float32 master weight would mean something else than the bf16 weight that it is saved as.
         u_BTHN = (self.w0 + _wide(low_rank(x_BTD, self.w1, self.w2, torch.tanh))).unflatten(-1, heads)
         log_w_BTHN = DECAY_FLOOR * torch.sigmoid(_wide(u_BTHN))
         a_BTHN = torch.sigmoid(self.a0 + _wide(low_rank(x_BTD, self.a1, self.a2))).unflatten(-1, heads)
@@ -145,8 +149,8 @@ class Rwkv7(Mixer):
         if self.donor is not None:
             return shared.keys_values[self.kind, self.donor]
         groups = (self.options.kv_heads, self.options.head_dim)
-        k_BTGN = self.k_norm(linear(x_BTD, self.key.weight).unflatten(-1, groups))
-        v_BTGN = linear(x_BTD, self.value.weight).unflatten(-1, groups)
+        k_BTGN = self.k_norm(self.key(x_BTD).unflatten(-1, groups))
+        v_BTGN = self.value(x_BTD).unflatten(-1, groups)
         if self.publishes is not None:
             shared.keys_values[self.kind, self.publishes] = k_BTGN, v_BTGN
         return k_BTGN, v_BTGN
@@ -171,7 +175,9 @@ class Rwkv7(Mixer):
         for name in ("w1", "w2", "a1", "a2"):
             write(getattr(self, name), scaled_orthogonal(getattr(self, name).shape))
         write_gate(self.g1, self.g2, options.gate, write)
-        projections = [self.receptance, self.output] + ([] if self.donor is not None else [self.key, self.value])
+        projections = [self.receptance, self.output] + (
+            [] if self.donor is not None else [self.key, self.value]
+        )
         for projection in projections:
             write(projection.weight, nn.init.normal_(torch.empty(projection.weight.shape), std=0.02))
         for norm in [self.r_norm] + ([] if self.donor is not None else [self.k_norm]):

@@ -71,7 +71,9 @@ def packed(positions_BT: Tensor, start: int = 0) -> Span:
     """
     step_BT = positions_BT[:, 1:] - positions_BT[:, :-1]
     if not bool(((step_BT == 1) | (positions_BT[:, 1:] == 0)).all()):
-        raise ValueError("positions of packed documents must count up by 1 and restart at 0 where a document begins")
+        raise ValueError(
+            "positions of packed documents must count up by 1 and restart at 0 where a document begins"
+        )
     # A block that begins inside a later document has no restart of its own, and still must not see earlier documents.
     borders = bool((positions_BT[:, 1:] == 0).any()) or bool((positions_BT[:, 0] != start).any())
     return Span(positions_BT, start, borders=borders)

@@ -33,7 +33,9 @@ class KeyValues(Protocol):
 
 def state_bytes(state: State | None) -> int:
     """Bytes of all tensors of a state but scalars, which say what the others mean (0 for None)."""
-    return 0 if state is None else sum(t.numel() * t.element_size() for t in state.tensors().values() if t.dim())
+    return (
+        0 if state is None else sum(t.numel() * t.element_size() for t in state.tensors().values() if t.dim())
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trihybrid.mixers.contract import Cost, HeadNorm, Mixer, Shared, Write, linear, low_rank
+from trihybrid.mixers.contract import Cost, HeadNorm, Mixer, Projection, Shared, Write, low_rank
 from trihybrid.mixers.rwkv7 import write_gate
 from trihybrid.mixers.span import Span
 from trihybrid.mixers.state import KeyValueState, State
@@ -38,7 +38,9 @@ class TicaOptions:
             if getattr(self, name) < 1:
                 raise ValueError(f"tica.{name} is {getattr(self, name)}; it must be at least 1")
         if self.heads % self.kv_heads:
-            raise ValueError(f"tica.heads is {self.heads}; it must be a multiple of tica.kv_heads, {self.kv_heads}")
+            raise ValueError(
+                f"tica.heads is {self.heads}; it must be a multiple of tica.kv_heads, {self.kv_heads}"
+            )
 
 
 class Tica(Mixer):
@@ -57,32 +59,36 @@ class Tica(Mixer):
         super().__init__()
         self.options, self.publishes, self.donor = options, index, donor
         hidden, channels = options.hidden_size, options.heads * options.head_dim
-        self.q_proj = nn.Linear(hidden, channels, bias=False)
+        self.q_proj = Projection(hidden, channels)
         self.q_norm = HeadNorm(options.head_dim, options.norm_epsilon)
         if donor is None:
-            self.k_proj = nn.Linear(hidden, options.kv_heads * options.head_dim, bias=False)
-            self.v_proj = nn.Linear(hidden, options.kv_heads * options.head_dim, bias=False)
+            self.k_proj = Projection(hidden, options.kv_heads * options.head_dim)
+            self.v_proj = Projection(hidden, options.kv_heads * options.head_dim)
             self.k_norm = HeadNorm(options.head_dim, options.norm_epsilon)
-        self.o_proj = nn.Linear(channels, hidden, bias=False)
+        self.o_proj = Projection(channels, hidden)
         self.g1 = nn.Parameter(torch.empty(hidden, options.gate_rank))
         self.g2 = nn.Parameter(torch.empty(options.gate_rank, channels))
 
-    def forward(self, x_BTD: Tensor, span: Span, state: State | None, shared: Shared) -> tuple[Tensor, State | None]:
+    def forward(
+        self, x_BTD: Tensor, span: Span, state: State | None, shared: Shared
+    ) -> tuple[Tensor, State | None]:
         options = self.options
-        q_BTHN = self.q_norm(linear(x_BTD, self.q_proj.weight).unflatten(-1, (options.heads, options.head_dim)))
+        q_BTHN = self.q_norm(self.q_proj(x_BTD).unflatten(-1, (options.heads, options.head_dim)))
         k_BGSN, v_BGSN, after = self._keys_values(x_BTD, state, shared)
         visible_BTS = span.visible(k_BGSN.shape[2])
         att_BTC = attention(q_BTHN, k_BGSN, v_BGSN, visible_BTS, options.head_dim**-0.5).flatten(-2)
         gate_BTC = low_rank(x_BTD, self.g1, self.g2, torch.sigmoid)
-        return linear(att_BTC * gate_BTC, self.o_proj.weight), after
+        return self.o_proj(att_BTC * gate_BTC), after
 
-    def _keys_values(self, x_BTD: Tensor, state: State | None, shared: Shared) -> tuple[Tensor, Tensor, State | None]:
+    def _keys_values(
+        self, x_BTD: Tensor, state: State | None, shared: Shared
+    ) -> tuple[Tensor, Tensor, State | None]:
         if self.donor is not None:
             keys, values = shared.keys_values[self.kind, self.donor]
             return keys, values, None
         groups = (self.options.kv_heads, self.options.head_dim)
-        k_BGTN = self.k_norm(linear(x_BTD, self.k_proj.weight).unflatten(-1, groups)).transpose(1, 2)
-        v_BGTN = linear(x_BTD, self.v_proj.weight).unflatten(-1, groups).transpose(1, 2)
+        k_BGTN = self.k_norm(self.k_proj(x_BTD).unflatten(-1, groups)).transpose(1, 2)
+        v_BGTN = self.v_proj(x_BTD).unflatten(-1, groups).transpose(1, 2)
         if state is None:
             keys, values, after = k_BGTN, v_BGTN, KeyValueState(k_BGTN, v_BGTN)
         else:

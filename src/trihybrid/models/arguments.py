@@ -1,4 +1,4 @@
-"""From transformers' forward arguments (2-D mask, position ids, tokens in the cache) to the one `Span` of a forward pass.
+"""From transformers' forward arguments (2-D mask, position ids, tokens in the cache) to the one `Span` of a forward.
 
 Legend: B batch, T new tokens, S all tokens seen.
 """
@@ -11,7 +11,9 @@ from torch import Tensor
 from trihybrid.mixers.span import Span, contiguous, packed, padded
 
 
-def build_span(batch: int, length: int, start: int, mask: Any, position_ids: Tensor | None, device: torch.device) -> Span:
+def build_span(
+    batch: int, length: int, start: int, mask: Any, position_ids: Tensor | None, device: torch.device
+) -> Span:
     """The span of a block of `length` tokens after `start` others.
 
     Args:
@@ -24,7 +26,9 @@ def build_span(batch: int, length: int, start: int, mask: Any, position_ids: Ten
     """
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask is {shape}; a recurrence needs the 2-D mask [batch, tokens] (1 real, 0 padding)")
+        raise ValueError(
+            f"attention_mask is {shape}; a recurrence needs the 2-D mask [batch, tokens] (1 real, 0 padding)"
+        )
     if mask is not None:
         span = padded(mask, length, start)
         if position_ids is not None:
@@ -33,7 +37,9 @@ def build_span(batch: int, length: int, start: int, mask: Any, position_ids: Ten
     if position_ids is None or not _restarts(position_ids, None, start):
         return contiguous(batch, length, start, device)
     if start:
-        raise ValueError(f"position_ids restart (packed documents), but the cache already holds {start} tokens; start empty")
+        raise ValueError(
+            f"position_ids restart (packed documents), but the cache already holds {start} tokens; start empty"
+        )
     return packed(position_ids.expand(batch, length))
 
 

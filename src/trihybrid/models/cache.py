@@ -1,7 +1,8 @@
 """States of mixers inside transformers' cache slots.
 
-A slot of type `hybrid` holds one recurrent matrix and one store of keys and values; `linear_attention` the matrix alone.
-This file is the only one that knows how transformers spells that. Legend: B batch, G key/value heads, S stored tokens.
+A slot of type `hybrid` holds one recurrent matrix and one store of keys and values; `linear_attention` the matrix
+alone. This file is the only one that knows how transformers spells that. Legend: B batch, G key/value heads, S
+stored tokens.
 """
 
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ def seen_tokens(cache: Cache | None) -> int:
 
 def read_state(cache: Cache | None, index: int, mixer: Mixer) -> Any:
     """The state of `mixer` in slot `index`, or None without a cache or before the first token."""
-    if cache is None or mixer.donor is not None and mixer.kind == "tica":
+    if cache is None or (mixer.donor is not None and mixer.kind == "tica"):
         return None
     if mixer.kind == "tica":
         return SlotKeyValues(cache, index)

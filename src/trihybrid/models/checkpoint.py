@@ -34,7 +34,10 @@ def save_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     write(partial)
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(partial.iterdir())}
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(partial.iterdir())
+    }
     (partial / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=2) + "\n")
     if folder.exists():
         folder.rename(old)
@@ -52,14 +55,7 @@ def check_folder(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such model folder; give a folder with config.json and *.safetensors")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: no config.json; this is not a model folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder}/config.json: not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder}/config.json: holds a {type(config).__name__}, not an object; this is not a model folder")
+    config = _read_config(folder)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ValueError(f"{folder}: no *.safetensors; weights in other formats are not read")
@@ -86,14 +82,24 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrai
             "(a text-only Gemma-4 and its converted students)"
         )
     try:
+        # Ignored there, so that the error below can name the tensors.
         model, info = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, output_loading_info=True, local_files_only=True
+            str(folder),
+            dtype=dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
         )
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{folder}: {str(error).splitlines()[0]}") from error
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    missing = sorted(info["missing_keys"])
+    missing += sorted(
+        f"{name} ({list(found)}, wanted {list(wanted)})" for name, found, wanted in info["mismatched_keys"]
+    )
     if missing:
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing or have another shape, first {missing[0]}")
+        raise ValueError(
+            f"{folder}: {len(missing)} tensors are missing or have another shape, first {missing[0]}"
+        )
     return model.eval()
 
 
@@ -105,7 +111,9 @@ def load_teacher(folder: str | Path) -> Gemma4ForCausalLM:
     """
     model = load_model(folder)
     if not isinstance(model, Gemma4ForCausalLM):
-        raise ValueError(f"{folder}: a converted student, not a teacher; give the folder of a Gemma-4 text model")
+        raise ValueError(
+            f"{folder}: a converted student, not a teacher; give the folder of a Gemma-4 text model"
+        )
     return model
 
 
@@ -118,17 +126,28 @@ def load_teacher_config(name: str) -> Gemma4TextConfig:
     folder = Path(name)
     if not folder.is_dir():
         return load_shape(name)
-    path = folder / "config.json"
-    if not path.exists():
-        raise ValueError(f"{folder}: no config.json; this is not a model folder")
-    try:
-        fields = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+    fields = _read_config(folder)
     fields = fields.get("text_config", fields)
     if fields.get("model_type") != TEACHER_TYPE:
-        raise ValueError(f'{path}: model_type is "{fields.get("model_type")}"; a teacher is "{TEACHER_TYPE}"')
+        raise ValueError(
+            f'{folder}: model_type is "{fields.get("model_type")}"; a teacher is "{TEACHER_TYPE}"'
+        )
     return Gemma4TextConfig.from_dict(fields)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no config.json; this is not a model folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{path}: holds a {type(config).__name__}, not an object; this is not a model folder"
+        )
+    return config
 
 
 def _check_safetensors(path: Path) -> None:
@@ -137,21 +156,29 @@ def _check_safetensors(path: Path) -> None:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if 8 + length > size:
-            raise ValueError(f"{path}: truncated: {size} bytes, its header alone needs {8 + length}; fetch it again")
+            raise ValueError(
+                f"{path}: truncated: {size} bytes, its header alone needs {8 + length}; fetch it again"
+            )
         try:
             tensors = json.loads(file.read(length))
-            ends = [int(entry["data_offsets"][1]) for name, entry in tensors.items() if name != "__metadata__"]
+            ends = [
+                int(entry["data_offsets"][1]) for name, entry in tensors.items() if name != "__metadata__"
+            ]
         except (ValueError, TypeError, AttributeError, LookupError):
             raise ValueError(f"{path}: the header is not safetensors; fetch it again") from None
     needed = 8 + length + max(ends, default=0)
     if size != needed:
-        raise ValueError(f"{path}: {size} bytes, its header describes {needed}; the file is cut short or damaged")
+        raise ValueError(
+            f"{path}: {size} bytes, its header describes {needed}; the file is cut short or damaged"
+        )
 
 
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     try:
         files = json.loads(path.read_text())["files"]
-        return {name: {"bytes": wanted["bytes"], "sha256": wanted["sha256"]} for name, wanted in files.items()}
+        return {
+            name: {"bytes": wanted["bytes"], "sha256": wanted["sha256"]} for name, wanted in files.items()
+        }
     except (ValueError, TypeError, AttributeError, LookupError):
         raise ValueError(f"{path}: not a manifest of this version; copy the whole folder again") from None
 
@@ -160,7 +187,9 @@ def _check_file(path: Path, wanted: dict[str, Any]) -> None:
     if not path.exists():
         raise ValueError(f"{path}: missing, but {MANIFEST} lists it; copy the whole folder")
     if path.stat().st_size != wanted["bytes"]:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {wanted['bytes']}; copy it again")
+        raise ValueError(
+            f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {wanted['bytes']}; copy it again"
+        )
     if _sha256(path) != wanted["sha256"]:
         raise ValueError(f"{path}: its sha256 is not the one in {MANIFEST}; the file was changed or damaged")
 

@@ -1,7 +1,7 @@
 """The layout of a model: which mixers stand in which slot.
 
-A pattern is a string of letters and a legend. `"SSSSR * 7"` with `{"S": "sliding", "R": ["rwkv7", "tica"]}` is 35 slots;
-mixers in one slot add up.
+A pattern is a string of letters and a legend. `"SSSSR * 7"` with `{"S": "sliding", "R": ["rwkv7", "tica"]}` is 35
+slots; mixers in one slot add up.
 """
 
 import re
@@ -42,7 +42,9 @@ class Slot:
 
     @classmethod
     def from_dict(cls, slot: dict[str, Any]) -> "Slot":
-        return cls(tuple(slot["mixers"]), {kind: int(index) for kind, index in slot.get("donors", {}).items()})
+        return cls(
+            tuple(slot["mixers"]), {kind: int(index) for kind, index in slot.get("donors", {}).items()}
+        )
 
 
 def parse_pattern(pattern: str, legend: dict[str, LegendEntry], layers: int) -> list[Slot]:
@@ -55,7 +57,9 @@ def parse_pattern(pattern: str, legend: dict[str, LegendEntry], layers: int) -> 
     groups = re.findall(r"([A-Za-z]+)\s*(?:\*\s*(\d+))?", pattern)
     rest = re.sub(r"([A-Za-z]+)\s*(?:\*\s*(\d+))?", "", pattern).strip()
     if rest or not groups:
-        raise ValueError(f'pattern "{pattern}": cannot read "{rest or pattern}"; write letters and repeats, as "SSSSR * 7"')
+        raise ValueError(
+            f'pattern "{pattern}": cannot read "{rest or pattern}"; write letters and repeats, as "SSSSR * 7"'
+        )
     letters = "".join(letters * int(repeats or 1) for letters, repeats in groups)
     if len(letters) != layers:
         raise ValueError(f'pattern "{pattern}" has {len(letters)} slots, the model has {layers} layers')
@@ -68,7 +72,9 @@ def _mixers(letter: str, legend: dict[str, LegendEntry]) -> tuple[str, ...]:
     entry = legend[letter]
     if isinstance(entry, dict):
         if set(entry) != {"mixer"}:
-            raise ValueError(f'legend "{letter}" has the options {sorted(entry)}; a slot takes "mixer" and no other')
+            raise ValueError(
+                f'legend "{letter}" has the options {sorted(entry)}; a slot takes "mixer" and no other'
+            )
         entry = entry["mixer"]
     kinds = (entry,) if isinstance(entry, str) else tuple(entry)
     for kind in kinds:
@@ -77,5 +83,7 @@ def _mixers(letter: str, legend: dict[str, LegendEntry]) -> tuple[str, ...]:
     if len(set(kinds)) != len(kinds) or not kinds:
         raise ValueError(f'legend "{letter}": {list(kinds)} must name each mixer once')
     if len(kinds) > 1 and set(kinds) & {"full", "sliding"}:
-        raise ValueError(f'legend "{letter}": {list(kinds)} adds to a retained attention; add tica to rwkv7 only')
+        raise ValueError(
+            f'legend "{letter}": {list(kinds)} adds to a retained attention; add tica to rwkv7 only'
+        )
     return kinds

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attention(q_BTHD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, visible_BTS: Tensor | None, scale: float) -> Tensor:
+def attention(
+    q_BTHD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, visible_BTS: Tensor | None, scale: float
+) -> Tensor:
     """Softmax attention with grouped heads: query head h reads key/value head h // (H / G).
 
     Args:
@@ -35,5 +37,7 @@ def attention(q_BTHD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, visible_BTS: Tenso
     )
     if mask is not None:
         # A fully masked row (a padding token) has no softmax; its value must not poison what it is multiplied with.
-        o_BHTD = torch.where(mask.any(-1, keepdim=True), o_BHTD, torch.zeros((), dtype=o_BHTD.dtype, device=o_BHTD.device))
+        o_BHTD = torch.where(
+            mask.any(-1, keepdim=True), o_BHTD, torch.zeros((), dtype=o_BHTD.dtype, device=o_BHTD.device)
+        )
     return o_BHTD.transpose(1, 2)

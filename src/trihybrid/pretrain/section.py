@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field
 from transformers import Gemma4TextConfig
 
@@ -11,19 +12,33 @@ from trihybrid.train.section import TrainSection
 class PretrainSection(TrainSection):
     """A Gemma-4-shaped teacher trained on the recipe's data."""
 
-    kind: Literal["pretrain"] = Field("pretrain", description="next-token loss, all parameters")
-    shape: dict[str, Any] = Field(description="fields of the Gemma-4 text configuration; the vocabulary is the tokenizer's")
-    chunk: int = Field(4096, ge=1, description="tokens whose logits exist at once")
+    kind: Literal["pretrain"] = Field(default="pretrain", description="next-token loss, all parameters")
+    shape: dict[str, Any] = Field(
+        description="fields of the Gemma-4 text configuration; the vocabulary is the tokenizer's"
+    )
+    chunk: int = Field(default=4096, ge=1, description="tokens whose logits exist at once")
 
     def configuration(self, vocabulary: int) -> Gemma4TextConfig:
         """The model's configuration.
 
         Raises:
-            ValueError: a field that the configuration does not have, or that cannot be.
+            ValueError: a field that the configuration does not have, that is not the shape's to give,
+                or that cannot be.
         """
+        for name in ("vocab_size", "vocab_size_per_layer_input", "model_type"):
+            if name in self.shape:
+                raise ValueError(
+                    f"shape: {name} is not the shape's to give; it is known without; leave it out"
+                )
         known = set(Gemma4TextConfig().to_dict()) | {"global_head_dim", "num_global_key_value_heads"}
         unknown = sorted(set(self.shape) - known)
         if unknown:
             raise ValueError(f"shape: unknown fields {unknown}; see transformers' Gemma4TextConfig")
         sizes = {"vocab_size": vocabulary, "vocab_size_per_layer_input": vocabulary}
-        return Gemma4TextConfig.from_dict(dict(self.shape) | sizes)
+        try:
+            base = Gemma4TextConfig.from_dict(dict(self.shape) | sizes)
+            # A property that transformers checks when a model is built.
+            _ = base.kv_sharing_modes
+        except (ValueError, StrictDataclassError) as error:
+            raise ValueError(f"shape: {error}") from error
+        return base

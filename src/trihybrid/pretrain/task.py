@@ -22,11 +22,13 @@ class PretrainTask:
         return dict(self.model.named_parameters())
 
     def roles(self) -> dict[str, str]:
-        """Embeddings (the tied head is one) by name, matrices and vectors by shape."""
+        """Embeddings (a tied head is one) and an untied head by name, matrices and vectors by shape."""
 
         def role(name: str, parameter: nn.Parameter) -> str:
             if "embed_tokens" in name:
                 return "embedding"
+            if name.startswith("lm_head."):
+                return "head"
             return "matrix" if parameter.dim() == 2 else "vector"
 
         return {name: role(name, parameter) for name, parameter in self.parameters().items()}

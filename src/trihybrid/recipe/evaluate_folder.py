@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from trihybrid.data import DataSection, prepare
+from trihybrid.data import DataSection, RecallSection, prepare
 from trihybrid.evaluate import EvaluationSection, evaluate
 from trihybrid.models.checkpoint import load_model
 
@@ -20,7 +20,10 @@ def evaluate_folder(model: Path, teacher: Path | None, text: str, tokens: int, l
     loaded = load_model(model)
     reference = None if teacher is None else load_model(teacher)
     section = DataSection(
-        source=text, tokenizer=str(model), validation_fraction=0.05, recall={"fraction": 0.0, "pairs": 8, "rounds": 5}
+        source=text,
+        tokenizer=str(model),
+        validation_fraction=0.05,
+        recall=RecallSection(fraction=0.0, pairs=8, rounds=5),
     )
     settings = EvaluationSection(sequence_length=length, validation_tokens=tokens)
     with tempfile.TemporaryDirectory() as folder:

@@ -3,7 +3,7 @@
 A phase that the lineage already holds is checked and skipped, so a run that was killed goes on where it stopped.
 """
 
-import logging
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,26 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Gemma4ForCausalLM
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from trihybrid.data import PackedBatches, PreparedData, prepare
+from trihybrid.data.section import load_tokenizer
 from trihybrid.distill.align import AlignTask
 from trihybrid.distill.match import Matching, MatchTask
 from trihybrid.distill.pair import Pair
 from trihybrid.distill.section import AlignSection, MatchSection
 from trihybrid.models.checkpoint import load_model, load_teacher, save_folder
 from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
-from trihybrid.pretrain.section import PretrainSection
 from trihybrid.pretrain.task import PretrainTask
-from trihybrid.recipe.load import dump_recipe
+from trihybrid.recipe.load import dump_recipe, load_recipe
 from trihybrid.recipe.measure import measure
 from trihybrid.recipe.schema import NAMES, Recipe
 from trihybrid.run import Lineage, RunDirectory, RunLog, hash_folder, hash_json, write_json, write_text
 from trihybrid.surgery.operate import operate, read_plan, save_student
 from trihybrid.surgery.plan import make_plan
 from trihybrid.train import Checkpoints, Task, TrainSection, fit
-
-_logger = logging.getLogger(__name__)
 
 CALIBRATION_LENGTH = 256
 
@@ -58,14 +56,14 @@ class Run:
         Raises:
             ValueError: the phase was made with another recipe or from another parent, or its folder was changed.
         """
-        wanted = hash_json({"sections": sections, "data": self.recipe.data.model_dump(mode="json")})
+        wanted = hash_json({"sections": sections, "data": self.data.train.manifest.source_hash})
         folder = self.directory.model(name)
         done = self.lineage.record(name)
         if done is not None:
             if done.recipe != wanted or done.parent != parent:
                 raise ValueError(
-                    f"{folder}: this stage was made with another recipe or parent; restore the recipe, or start a new run "
-                    "directory"
+                    f"{folder}: this stage was made with another recipe or parent; restore the recipe, or start "
+                    "a new run directory"
                 )
             if not folder.is_dir() or hash_folder(folder) != done.output:
                 raise ValueError(f"{folder}: changed since it was made; start a new run directory")
@@ -101,46 +99,99 @@ def execute(recipe: Recipe, folder: str | Path, resume: bool = False) -> list[di
     """
     began = time.perf_counter()
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not resume:
+    begun = folder.exists() and any(RunDirectory(folder, create=False).path.iterdir())
+    if begun and not resume:
         raise ValueError(f"{folder}: not empty; continue with --resume, or name another folder with --out")
     # Everything that can be wrong with the input is found before the first file is written.
-    base = _teacher_config(recipe)
-    make_plan(base, recipe.surgery, _teacher_name(recipe), contexts=(4096,))
+    base = check_recipe(recipe)
+    if begun:
+        _refuse_changes(recipe, RunDirectory(folder, create=False))
+    data = _prepare(recipe, base, folder, begun)
     directory = RunDirectory(folder)
-    lineage = Lineage(directory.lineage)
-    _keep_recipe(recipe, directory, lineage)
-    run = Run(recipe, directory, lineage, prepare(recipe.data, directory.data), resume)
-    if recipe.teacher.pretrain is None and base.vocab_size < run.data.tokenizer.vocab_size:
-        raise ValueError(
-            f"data.tokenizer has {run.data.tokenizer.vocab_size} tokens, the teacher knows {base.vocab_size}; "
-            "give the teacher's own tokenizer.json"
-        )
+    run = Run(recipe, directory, Lineage(directory.lineage), data, resume)
+    write_text(directory.recipe, dump_recipe(recipe))
     output = _make_teacher(run)
     output = _operate(run, output)
     names = ["teacher", "operated"]
     for stage in recipe.stages:
         output = _distil(run, stage, names[-1], output)
         names.append(NAMES[stage.kind])
-    return measure(recipe, directory, run.data, names, time.perf_counter() - began)
+    # Phases that an earlier call made took their time too.
+    seconds = max(time.perf_counter() - began, sum(record.seconds for record in run.lineage.records))
+    return measure(recipe, directory, data, names, seconds)
 
 
-def _keep_recipe(recipe: Recipe, directory: RunDirectory, lineage: Lineage) -> None:
-    text = dump_recipe(recipe)
-    if directory.recipe.exists() and directory.recipe.read_text() != text and lineage.records:
-        _logger.warning("%s: the recipe differs from the one of this run; stages that it changes are refused", directory.recipe)
+def check_recipe(recipe: Recipe) -> Gemma4TextConfig:
+    """The teacher's configuration, if teacher, layout and tokenizer go together; writes nothing, reads no text.
+
+    Raises:
+        ValueError: a teacher, layout or tokenizer that does not serve.
+    """
+    tokenizer = load_tokenizer(recipe.data)
+    if recipe.teacher.pretrain is not None:
+        base = recipe.teacher.pretrain.configuration(tokenizer.vocab_size)
+    else:
+        base = load_teacher(str(recipe.teacher.folder)).config
+    make_plan(base, recipe.surgery, _teacher_name(recipe), contexts=(4096,))
+    if base.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"data.tokenizer has {tokenizer.vocab_size} tokens, the teacher knows {base.vocab_size}; "
+            "give the teacher's own tokenizer.json"
+        )
+    return base
+
+
+def _refuse_changes(recipe: Recipe, directory: RunDirectory) -> None:
+    """Raise where a phase that has begun would now be another one. Text and models are held by their hashes."""
+    if not directory.recipe.exists():
         return
-    write_text(directory.recipe, text)
+    wanted = _phases(recipe)
+    for name, decision in _phases(load_recipe(directory.recipe)).items():
+        started = directory.model(name).is_dir() or directory.checkpoints(name).is_dir()
+        if started and wanted.get(name) != decision:
+            raise ValueError(
+                f"{directory.model(name)}: this stage began with another recipe ({directory.recipe}); restore "
+                "the recipe, or start a new run directory"
+            )
+
+
+def _phases(recipe: Recipe) -> dict[str, Any]:
+    """Phase -> what in the recipe decides it, the phase before it included."""
+    pretrain = recipe.teacher.pretrain
+    phases: dict[str, Any] = {
+        "teacher": None if pretrain is None else pretrain.model_dump(mode="json"),
+        "operated": recipe.surgery.model_dump(mode="json"),
+    }
+    before = "operated"
+    for stage in recipe.stages:
+        phases[NAMES[stage.kind]] = (before, stage.model_dump(mode="json"))
+        before = NAMES[stage.kind]
+    return phases
+
+
+def _prepare(recipe: Recipe, base: Gemma4TextConfig, folder: Path, begun: bool) -> PreparedData:
+    """The data of a run. Data that no stage could train on, or that cannot be measured on, leaves no file behind."""
+    existed = folder.exists()
+    data = prepare(recipe.data, folder / "data", replace=False)
+    try:
+        for section in filter(None, [recipe.teacher.pretrain, *recipe.stages]):
+            loop = section.loop
+            PackedBatches(data.train, loop.sequence_length, loop.batch_size, loop.seed)
+        farthest = int(data.recall.distance_NT.max())
+        if farthest < base.sliding_window:
+            raise ValueError(
+                f"data.recall: no answer lies beyond the teacher's window of {base.sliding_window} tokens (the "
+                f"farthest is {farthest} back); ask for more pairs or a wider gap"
+            )
+    except ValueError:
+        if not begun:
+            shutil.rmtree(folder / "data" if existed else folder)
+        raise
+    return data
 
 
 def _teacher_name(recipe: Recipe) -> str:
     return recipe.teacher.folder or f"{recipe.name} teacher"
-
-
-def _teacher_config(recipe: Recipe) -> Any:
-    if recipe.teacher.pretrain is not None:
-        # The tokenizer, and so the vocabulary, is not there yet; nothing in a plan's layout depends on it.
-        return recipe.teacher.pretrain.configuration(vocabulary=256)
-    return load_teacher(str(recipe.teacher.folder)).config
 
 
 def _make_teacher(run: Run) -> str:
@@ -160,7 +211,9 @@ def _make_teacher(run: Run) -> str:
 
         save_folder(run.directory.model("teacher"), write)
 
-    sections = hash_folder(str(run.recipe.teacher.folder)) if section is None else section.model_dump(mode="json")
+    sections = (
+        hash_folder(str(run.recipe.teacher.folder)) if section is None else section.model_dump(mode="json")
+    )
     return run.phase("teacher", "", sections, make)
 
 
@@ -204,9 +257,15 @@ def _task(run: Run, stage: AlignSection | MatchSection, pair: Pair) -> Task:
         return AlignTask(pair, stage.checkpointing)
     allowed = None
     if stage.vocabulary == "training":
-        allowed = torch.unique(torch.from_numpy(run.data.train.tokens(0, len(run.data.train)).astype("int64")))
+        allowed = torch.unique(
+            torch.from_numpy(run.data.train.tokens(0, len(run.data.train)).astype("int64"))
+        )
     matching = Matching(
-        pair, stage.temperature, stage.alignment_weight, allowed, stage.chunk, checkpointing=stage.checkpointing
+        pair,
+        stage.temperature,
+        stage.alignment_weight,
+        allowed,
+        stage.chunk,
+        checkpointing=stage.checkpointing,
     )
     return MatchTask(matching)
-

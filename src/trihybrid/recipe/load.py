@@ -22,7 +22,7 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     path = find_recipe(source)
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: a recipe is a YAML mapping, this is {type(fields).__name__}")
@@ -62,7 +62,9 @@ def find_recipe(source: str | Path) -> Path:
     shipped = shipped_recipes()
     if str(source) in shipped:
         return shipped[str(source)]
-    raise ValueError(f"{source}: no such recipe file; shipped recipes are {', '.join(sorted(shipped)) or 'none'}")
+    raise ValueError(
+        f"{source}: no such recipe file; shipped recipes are {', '.join(sorted(shipped)) or 'none'}"
+    )
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -74,7 +76,9 @@ def shipped_recipes() -> dict[str, Path]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out."""
-    return yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False, allow_unicode=False, width=110)
+    return yaml.safe_dump(
+        json.loads(recipe.model_dump_json()), sort_keys=False, allow_unicode=False, width=110
+    )
 
 
 def explain(error: ValidationError) -> str:
@@ -93,15 +97,13 @@ def _override(fields: dict[str, Any], override: str) -> None:
         raise ValueError(f'--set {override}: write it as "a.b=value"')
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ValueError(f"--set {override}: the value is not YAML") from None
     *path, last = key.split(".")
     place: Any = fields
     for part in path:
-        if isinstance(place, list):
-            place = place[_position(place, part, override)]
-        else:
-            place = place.setdefault(part, {})
+        in_list = isinstance(place, list)
+        place = place[_position(place, part, override)] if in_list else place.setdefault(part, {})
         if not isinstance(place, dict | list):
             raise ValueError(f"--set {override}: {part} holds a value, not a section")
     if isinstance(place, list):

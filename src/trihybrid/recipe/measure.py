@@ -2,6 +2,7 @@
 
 import os
 import platform
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from trihybrid.run import RunDirectory, write_json
 Row = dict[str, Any]
 
 
-def measure(recipe: Recipe, directory: RunDirectory, data: PreparedData, names: list[str], seconds: float) -> list[Row]:
+def measure(
+    recipe: Recipe, directory: RunDirectory, data: PreparedData, names: list[str], seconds: float
+) -> list[Row]:
     """Evaluate the models `names` (the teacher first), write samples of the first and the last, and the summary.
 
     Returns:
@@ -33,7 +36,11 @@ def measure(recipe: Recipe, directory: RunDirectory, data: PreparedData, names: 
         if name in (names[0], names[-1]):
             section = recipe.samples
             samples += [
-                {"stage": name, "prompt": p, "text": complete(model, data.tokenizer, p, section.tokens, section.temperature)}
+                {
+                    "stage": name,
+                    "prompt": p,
+                    "text": complete(model, data.tokenizer, p, section.tokens, section.temperature),
+                }
                 for p in section.prompts
             ]
     write_json(directory.results, rows)
@@ -63,13 +70,15 @@ def missed_targets(recipe: Recipe, rows: list[Row], seconds: float) -> list[str]
     teacher, last = rows[0], rows[-1]
     if targets.teacher_recall is not None and teacher["recall"] < targets.teacher_recall:
         missed.append(
-            f"the teacher's recall beyond its window is {teacher['recall']:.2f}, wanted {targets.teacher_recall:.2f}: it has "
-            "not learned what the student should keep"
+            f"the teacher's recall beyond its window is {teacher['recall']:.2f}, wanted {targets.teacher_recall:.2f}: "
+            "it has not learned what the student should keep"
         )
     if targets.bpb_gap is not None and last["bpb"] - teacher["bpb"] > targets.bpb_gap:
-        missed.append(f"{last['stage']} is {last['bpb'] - teacher['bpb']:.4f} bpb above the teacher, wanted {targets.bpb_gap}")
+        missed.append(
+            f"{last['stage']} is {last['bpb'] - teacher['bpb']:.4f} bpb above the teacher, wanted {targets.bpb_gap}"
+        )
     if targets.improvement:
-        for before, after in zip(rows[1:], rows[2:], strict=False):
+        for before, after in pairwise(rows[1:]):
             for figure in ("bpb", "kl"):
                 if not after[figure] < before[figure]:
                     missed.append(

@@ -20,8 +20,10 @@ class TeacherSection(BaseModel):
     """Where the teacher comes from: a folder, or trained here."""
 
     model_config = ConfigDict(extra="forbid")
-    folder: str | None = Field(None, description="folder of a Gemma-4 text model")
-    pretrain: PretrainSection | None = Field(None, description="shape and training of a teacher made here")
+    folder: str | None = Field(default=None, description="folder of a Gemma-4 text model")
+    pretrain: PretrainSection | None = Field(
+        default=None, description="shape and training of a teacher made here"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> "TeacherSection":
@@ -35,18 +37,22 @@ class SamplesSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     prompts: list[str] = Field(default_factory=list, description="beginnings to continue")
-    tokens: int = Field(120, ge=1, le=4096, description="tokens a continuation")
-    temperature: float = Field(0.7, ge=0, le=10, description="0 takes the likeliest token")
+    tokens: int = Field(default=120, ge=1, le=4096, description="tokens a continuation")
+    temperature: float = Field(default=0.7, ge=0, le=10, description="0 takes the likeliest token")
 
 
 class TargetsSection(BaseModel):
     """What the run promises; a missed target is said in the report and fails the command."""
 
-    model_config = ConfigDict(extra="forbid")
-    bpb_gap: float | None = Field(None, ge=0, description="bits a byte of the last student above the teacher's, at most")
-    teacher_recall: float | None = Field(None, ge=0, le=1, description="the teacher's recall beyond its window, at least")
-    improvement: bool = Field(False, description="bpb and KL fall from operated through every stage")
-    seconds: float | None = Field(None, gt=0, description="time of the whole run, at most")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    bpb_gap: float | None = Field(
+        default=None, ge=0, description="bits a byte of the last student above the teacher's, at most"
+    )
+    teacher_recall: float | None = Field(
+        default=None, ge=0, le=1, description="the teacher's recall beyond its window, at least"
+    )
+    improvement: bool = Field(default=False, description="bpb and KL fall from operated through every stage")
+    seconds: float | None = Field(default=None, gt=0, description="time of the whole run, at most")
 
 
 class Recipe(BaseModel):

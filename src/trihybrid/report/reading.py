@@ -54,7 +54,7 @@ def read_run(folder: Path) -> RunRecord:
         )
     return RunRecord(
         recipe=_text(parts.recipe) if parts.recipe.is_file() else None,
-        lineage=_rows(parts.lineage),
+        lineage=_lineage(parts.lineage),
         training=_training(parts.log),
         plan=_object(parts.plan),
         results=_results(parts.results),
@@ -130,6 +130,12 @@ def _object(path: Path) -> Row | None:
 def _rows(path: Path) -> list[Row] | None:
     value = _json(path)
     return None if value is None else _checked_rows(value, path.name)
+
+
+def _lineage(path: Path) -> list[Row] | None:
+    """The records, as they stand: whoever resumes the run checks the chain, the page only shows it."""
+    value = _object(path)
+    return None if value is None else _checked_rows(value.get("records"), f"{path.name}: records")
 
 
 def _checked_rows(value: Any, name: str) -> list[Row]:

@@ -28,7 +28,9 @@ def record_layers(
     records = {index: LayerRecord([], []) for index in layers}
 
     def keep(index: int) -> "torch.utils.hooks.RemovableHandle":
-        def hook(module: nn.Module, arguments: tuple, options: dict, output: tuple[Tensor, Tensor | None]) -> None:
+        def hook(
+            module: nn.Module, arguments: tuple, options: dict, output: tuple[Tensor, Tensor | None]
+        ) -> None:
             records[index].inputs.append(options["hidden_states"])
             records[index].outputs.append(output[0])
 

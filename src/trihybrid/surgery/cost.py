@@ -19,7 +19,9 @@ from trihybrid.models.gemma4.slot import ConvertedSlot
 KEY_VALUE_BYTES = 2
 
 
-def account(base: Gemma4TextConfig, student: TrihybridGemma4Config | None, contexts: list[int]) -> dict[str, Any]:
+def account(
+    base: Gemma4TextConfig, student: TrihybridGemma4Config | None, contexts: list[int]
+) -> dict[str, Any]:
     """The account of a teacher (`student` None) or of its student.
 
     Returns:
@@ -31,12 +33,20 @@ def account(base: Gemma4TextConfig, student: TrihybridGemma4Config | None, conte
         teacher = Gemma4ForCausalLM(base)
         slots = {}
         if student is not None:
-            slots = {i: ConvertedSlot(student, i) for i, slot in enumerate(student.slot_list()) if slot.converted}
+            slots = {
+                i: ConvertedSlot(student, i) for i, slot in enumerate(student.slot_list()) if slot.converted
+            }
     layers = []
     for index, layer in enumerate(teacher.model.layers):
-        row = _converted(slots[index], contexts) if index in slots else _retained(base, index, layer.self_attn, contexts)
+        row = (
+            _converted(slots[index], contexts)
+            if index in slots
+            else _retained(base, index, layer.self_attn, contexts)
+        )
         rest = _weights(layer) - _weights(layer.self_attn)
-        products = sum(p.numel() for n, p in layer.named_parameters() if p.dim() == 2 and not n.startswith("self_attn."))
+        products = sum(
+            p.numel() for n, p in layer.named_parameters() if p.dim() == 2 and not n.startswith("self_attn.")
+        )
         flops = {context: row["flops"][context] + 2 * products for context in contexts}
         layers.append({"index": index, **row, "parameters": row["mixer_parameters"] + rest, "flops": flops})
     fixed = _weights(teacher.model) - sum(_weights(layer) for layer in teacher.model.layers)
@@ -55,7 +65,9 @@ def account(base: Gemma4TextConfig, student: TrihybridGemma4Config | None, conte
     }
 
 
-def _retained(base: Gemma4TextConfig, index: int, attention: nn.Module, contexts: list[int]) -> dict[str, Any]:
+def _retained(
+    base: Gemma4TextConfig, index: int, attention: nn.Module, contexts: list[int]
+) -> dict[str, Any]:
     kind = teacher_kinds(base)[index]
     owner = key_value_owner(base, index)
     layer = base.per_layer_config[index]

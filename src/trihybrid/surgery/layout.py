@@ -74,8 +74,8 @@ def rwkv7_sizes(base: Gemma4TextConfig, section: SurgerySection) -> dict[str, in
     pairs = rotary_pairs(base)
     if section.heads == "permuted" and 2 * pairs > width and wide.head_dim > width:
         raise ValueError(
-            f"surgery.rwkv7.head_dim is {width}; the teacher's {pairs} rotary pairs a head need {2 * pairs} channels in "
-            'one block; take a wider head_dim, or heads: "plain", which lets pairs be cut apart'
+            f"surgery.rwkv7.head_dim is {width}; the teacher's {pairs} rotary pairs a head need {2 * pairs} channels "
+            'in one block; take a wider head_dim, or heads: "plain", which lets pairs be cut apart'
         )
     blocks = wide.head_dim // width
     heads = {"heads": base.num_attention_heads * blocks, "kv_heads": wide.num_key_value_heads * blocks}
@@ -83,7 +83,7 @@ def rwkv7_sizes(base: Gemma4TextConfig, section: SurgerySection) -> dict[str, in
 
 
 def rotary_pairs(base: Gemma4TextConfig) -> int:
-    """Channel pairs (c, c + D/2) that carry a position in a global head of D channels; the others match by content."""
+    """Channel pairs (c, c + D/2) of the D channels of a global head that carry a position; the rest match content."""
     fraction = base.rope_parameters["full_attention"].get("partial_rotary_factor", 1.0)
     return int(fraction * base.per_layer_config["full_attention"].head_dim // 2)
 

@@ -109,10 +109,12 @@ def read_plan(folder: str | Path) -> dict[str, Any]:
 
 
 def _copy_retained(teacher: Gemma4ForCausalLM, student: TrihybridGemma4ForCausalLM) -> None:
-    """Copy every tensor that both have, buffers (layer scalars) included; what is left over must be ours or converted."""
+    """Copy every tensor that both have, buffers (layer scalars) included; what is left must be a mixer of ours."""
     given = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
     taken = dict(student.named_parameters()) | dict(student.named_buffers())
-    converted = [f"model.layers.{i}.self_attn." for i, slot in enumerate(student.config.slot_list()) if slot.converted]
+    converted = [
+        f"model.layers.{i}.self_attn." for i, slot in enumerate(student.config.slot_list()) if slot.converted
+    ]
     for name, tensor in taken.items():
         if name.startswith(tuple(converted)):
             continue
@@ -134,7 +136,11 @@ def _teacher_heads(base: Gemma4TextConfig, section: SurgerySection) -> Heads:
 
 
 def _inherit_rwkv7(
-    mixer: Rwkv7, teacher: Gemma4ForCausalLM, index: int, records: dict[int, LayerRecord], section: SurgerySection
+    mixer: Rwkv7,
+    teacher: Gemma4ForCausalLM,
+    index: int,
+    records: dict[int, LayerRecord],
+    section: SurgerySection,
 ) -> None:
     base: Gemma4TextConfig = teacher.config
     heads = _teacher_heads(base, section)
@@ -172,8 +178,8 @@ def _inherit_tica(mixer: Tica, teacher: Gemma4ForCausalLM, index: int, section: 
     content = torch.cat([order[heads.rotary_pairs : half], order[half + heads.rotary_pairs :]])
     if len(content) < options.head_dim:
         raise ValueError(
-            f'surgery.tica.start is "inherited": {len(content)} channels a head of the teacher have no rotary position, '
-            f"tica.head_dim is {options.head_dim}; lower it, or start fresh"
+            f'surgery.tica.start is "inherited": {len(content)} channels a head of the teacher have no rotary '
+            f"position, tica.head_dim is {options.head_dim}; lower it, or start fresh"
         )
     lender = teacher.model.layers[key_value_owner(base, index)].self_attn
     own = teacher.model.layers[index].self_attn
@@ -193,7 +199,9 @@ def _inherit_tica(mixer: Tica, teacher: Gemma4ForCausalLM, index: int, section: 
             copy_into(mixer.k_proj.weight[target], key[rows(lent, place)])
             copy_into(mixer.v_proj.weight[target], value[rows(lent, place)])
         for member in range(per_key):
-            head = lent * (heads.query // heads.groups) + (group * per_key + member) % (heads.query // heads.groups)
+            head = lent * (heads.query // heads.groups) + (group * per_key + member) % (
+                heads.query // heads.groups
+            )
             first = (group * per_key + member) * options.head_dim
             copy_into(mixer.q_proj.weight[first : first + options.head_dim], query[rows(head, place)])
 

@@ -16,7 +16,9 @@ FORMAT = 1
 CONTEXTS = (4096, 32768, 131072)
 
 
-def make_plan(base: Gemma4TextConfig, section: SurgerySection, name: str, contexts: tuple[int, ...] = CONTEXTS) -> dict:
+def make_plan(
+    base: Gemma4TextConfig, section: SurgerySection, name: str, contexts: tuple[int, ...] = CONTEXTS
+) -> dict:
     """The plan of a surgery; needs no weights.
 
     Args:
@@ -101,7 +103,9 @@ def check_plan(plan: dict[str, Any], base: Gemma4TextConfig) -> SurgerySection:
     if plan["format"] != FORMAT:
         raise ValueError(f"plan format is {plan['format']}; this version reads {FORMAT}; make the plan again")
     if plan["teacher_hash"] != config_hash(base):
-        raise ValueError(f'the plan was made for teacher "{plan["teacher"]}", which has another shape; make a new plan')
+        raise ValueError(
+            f'the plan was made for teacher "{plan["teacher"]}", which has another shape; make a new plan'
+        )
     return SurgerySection.model_validate(plan["surgery"])
 
 
@@ -116,11 +120,17 @@ def sources(base: Gemma4TextConfig, slot: Slot, index: int, section: SurgerySect
         if "rwkv7" in slot.donors:
             found["rwkv7.key, value"] = f"none: slot {owner}'s, read at run time"
         elif donor_layer(base, index) is None:
-            found["rwkv7.key, value"] = f"layer {index} k_proj and v_proj rows {order}, k_norm folded in, value at rms 1"
+            found["rwkv7.key, value"] = (
+                f"layer {index} k_proj and v_proj rows {order}, k_norm folded in, value at rms 1"
+            )
         elif section.donor_keys_values == "ridge":
-            found["rwkv7.key, value"] = f"ridge regression of layer {owner}'s keys and values on layer {index}'s input"
+            found["rwkv7.key, value"] = (
+                f"ridge regression of layer {owner}'s keys and values on layer {index}'s input"
+            )
         else:
-            found["rwkv7.key, value"] = f"layer {owner} k_proj and v_proj rows {order}, k_norm folded in, value at rms 1"
+            found["rwkv7.key, value"] = (
+                f"layer {owner} k_proj and v_proj rows {order}, k_norm folded in, value at rms 1"
+            )
         found["rwkv7.r_norm, k_norm"] = "ones times the rms of the teacher's norm weights"
         found["rwkv7.w*, a*"] = "hxa07c start"
         found["rwkv7.g*"] = "gate of one" if section.rwkv7.gate == "unit" else "published small gate"
@@ -135,32 +145,41 @@ def sources(base: Gemma4TextConfig, slot: Slot, index: int, section: SurgerySect
     return found
 
 
-def warnings(base: Gemma4TextConfig, slots: list[Slot], before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def warnings(
+    base: Gemma4TextConfig, slots: list[Slot], before: dict[str, Any], after: dict[str, Any]
+) -> list[str]:
     """What a user should know before the operation."""
     found = []
     converted = [index for index, slot in enumerate(slots) if slot.converted]
     kv_before, kv_after = before["global_kv_bytes_per_token"], after["global_kv_bytes_per_token"]
     if kv_after > kv_before:
         found.append(
-            f"keys and values that grow with context rise from {kv_before:,} to {kv_after:,} bytes a token: the teacher "
-            "shares them between layers, the student does not; share TICA's as the teacher does, or use fewer TICA slots"
+            f"keys and values that grow with context rise from {kv_before:,} to {kv_after:,} bytes a token: the "
+            "teacher shares them between layers, the student does not; share TICA's as the teacher does, or use fewer "
+            "TICA slots"
         )
     if not kv_after and kv_before:
-        found.append("nothing grows with context any more: exact recall beyond the window rests on the recurrence alone")
+        found.append(
+            "nothing grows with context any more: exact recall beyond the window rests on the recurrence alone"
+        )
     for index in range(len(slots)):
         consumers = [i for i in range(len(slots)) if i != index and key_value_owner(base, i) == index]
-        own = [i for i in consumers if slots[i].converted and "rwkv7" in slots[i].mixers and "rwkv7" not in slots[i].donors]
+        own = [
+            i
+            for i in consumers
+            if slots[i].converted and "rwkv7" in slots[i].mixers and "rwkv7" not in slots[i].donors
+        ]
         if own:
             found.append(
-                f"layer {index} lends keys and values to layers {own} in the teacher; after conversion they compute their "
-                "own, which starts only near what they read before"
+                f"layer {index} lends keys and values to layers {own} in the teacher; after conversion they compute "
+                "their own, which starts only near what they read before"
             )
     first_shared = base.num_hidden_layers - base.num_kv_shared_layers
     upper = [index for index in converted if index >= first_shared]
     if upper and base.num_kv_shared_layers:
         found.append(
-            f"layers {first_shared} to {base.num_hidden_layers - 1} of the teacher need only the last token of a prompt; "
-            f"with {upper} converted every token passes them, which gives up that fast prefill"
+            f"layers {first_shared} to {base.num_hidden_layers - 1} of the teacher need only the last token of a "
+            f"prompt; with {upper} converted every token passes them, which gives up that fast prefill"
         )
     # Retained full slots cost what they cost before, so only converted ones are compared.
     pair_after = sum(after["layers"][index]["score_flops_per_pair"] for index in converted)
@@ -168,8 +187,8 @@ def warnings(base: Gemma4TextConfig, slots: list[Slot], before: dict[str, Any], 
         ratio = 2 * score_width(base) * len(converted) / pair_after
         if abs(ratio - round(ratio)) < 1e-9:
             found.append(
-                f"a query-key pair costs 1/{round(ratio)} of the teacher's score FLOPs in converted slots (the card says up "
-                "to 1/16)"
+                f"a query-key pair costs 1/{round(ratio)} of the teacher's score FLOPs in converted slots (the card "
+                "says up to 1/16)"
             )
     return found
 

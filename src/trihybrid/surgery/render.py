@@ -22,7 +22,14 @@ def _layers(plan: dict[str, Any]) -> Table:
     table = Table(title=f"Plan for {plan['teacher']}")
     for name in ("layer", "before", "after"):
         table.add_column(name)
-    for name in ("mixer parameters", "keys, values", "KV B/token", "state bytes", "window bytes", "FLOPs a token"):
+    for name in (
+        "mixer parameters",
+        "keys, values",
+        "KV B/token",
+        "state bytes",
+        "window bytes",
+        "FLOPs a token",
+    ):
         table.add_column(name, justify="right")
     for layer, after in zip(plan["layers"], plan["after"]["layers"], strict=True):
         context, flops = next(iter(after["flops"].items()))

@@ -13,12 +13,15 @@ class Rwkv7Section(BaseModel):
     """Sizes of the RWKV-7 mixers; the number of heads follows from the teacher's query width."""
 
     model_config = ConfigDict(extra="forbid")
-    head_dim: int = Field(128, ge=1, le=1024, description="channels a head; must divide the teacher's global head width")
-    decay_rank: int = Field(256, ge=1, description="rows of the decay's LoRA")
-    iclr_rank: int = Field(256, ge=1, description="rows of the in-context learning rate's LoRA")
-    gate_rank: int = Field(256, ge=1, description="rows of the gate's LoRA")
+    head_dim: int = Field(
+        default=128, ge=1, le=1024, description="channels a head; must divide the teacher's global head width"
+    )
+    decay_rank: int = Field(default=256, ge=1, description="rows of the decay's LoRA")
+    iclr_rank: int = Field(default=256, ge=1, description="rows of the in-context learning rate's LoRA")
+    gate_rank: int = Field(default=256, ge=1, description="rows of the gate's LoRA")
     gate: Literal["unit", "published"] = Field(
-        "unit", description="gate at the start: exactly one, or the small random gate of the hxa07 training code"
+        default="unit",
+        description="gate at the start: exactly one, or the small random gate of the hxa07 training code",
     )
 
 
@@ -26,40 +29,52 @@ class TicaSection(BaseModel):
     """Sizes of TICA, the small attention beside the recurrence."""
 
     model_config = ConfigDict(extra="forbid")
-    heads: int = Field(4, ge=1, description="query heads")
-    kv_heads: int = Field(2, ge=1, description="key and value heads; must divide heads")
-    head_dim: int = Field(128, ge=1, le=1024, description="channels a head")
-    gate_rank: int = Field(128, ge=1, description="rows of the gate's LoRA")
+    heads: int = Field(default=4, ge=1, description="query heads")
+    kv_heads: int = Field(default=2, ge=1, description="key and value heads; must divide heads")
+    head_dim: int = Field(default=128, ge=1, le=1024, description="channels a head")
+    gate_rank: int = Field(default=128, ge=1, description="rows of the gate's LoRA")
     start: Literal["fresh", "inherited"] = Field(
-        "fresh",
-        description="queries, keys and values at the start: random, or blocks of the teacher's heads without rotary channels",
+        default="fresh",
+        description="queries, keys and values at the start: random, or blocks of the teacher's heads without "
+        "rotary channels",
     )
+
+
+def _default_legend() -> dict[str, LegendEntry]:
+    return {"S": "sliding", "F": "full", "R": ["rwkv7", "tica"]}
 
 
 class SurgerySection(BaseModel):
     """What stands in each slot and what its tensors are made from. The defaults are the model card's plan for
     Gemma-4 E2B."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     pattern: str | None = Field(
-        None, description='layout, one letter a layer, as "SSSSR * 7"; none converts every global layer of the teacher'
+        default=None,
+        description='layout, one letter a layer, as "SSSSR * 7"; none converts every global layer of the teacher',
     )
     legend: dict[str, LegendEntry] = Field(
-        default_factory=lambda: {"S": "sliding", "F": "full", "R": ["rwkv7", "tica"]},
+        default_factory=_default_legend,
         description="mixer or mixers for each letter of the pattern",
     )
     rwkv7: Rwkv7Section = Field(default_factory=Rwkv7Section, description="sizes of rwkv7")
     tica: TicaSection = Field(default_factory=TicaSection, description="sizes of tica")
     share_kv: Sharing = Field(
-        "own", description="TICA's keys and values: own in every slot, or shared as the teacher shares its own"
+        default="own",
+        description="TICA's keys and values: own in every slot, or shared as the teacher shares its own",
     )
     donor_keys_values: Literal["copy", "ridge", "share"] = Field(
-        "copy",
-        description="key and value of rwkv7 in layers that have none in the teacher: copied from the donor layer, fitted to "
-        "it by ridge regression on calibration tokens, or read from the donor slot at run time",
+        default="copy",
+        description="key and value of rwkv7 in layers that have none in the teacher: copied from the donor layer, "
+        "fitted to it by ridge regression on calibration tokens, or read from the donor slot at run time",
     )
-    ridge: float = Field(1e-3, gt=0, description="ridge penalty, relative to the mean square of the inputs")
+    ridge: float = Field(
+        default=1e-3, gt=0, description="ridge penalty, relative to the mean square of the inputs"
+    )
     heads: Literal["permuted", "plain"] = Field(
-        "permuted", description="order of heads: so that queries meet their own keys, or plain consecutive blocks"
+        default="permuted",
+        description="order of heads: so that queries meet their own keys, or plain consecutive blocks",
     )
-    calibration_tokens: int = Field(8192, ge=256, description="tokens that scales (and ridge regression) are fitted on")
+    calibration_tokens: int = Field(
+        default=8192, ge=256, description="tokens that scales (and ridge regression) are fitted on"
+    )

@@ -36,7 +36,9 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         steps: int = 5,
     ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "steps": steps})
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "steps": steps}
+        )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -52,17 +54,17 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     shapes.setdefault((parameter.shape, parameter.device), []).append(parameter)
             for (shape, _), parameters in shapes.items():
-                update_NRC = orthogonalise(torch.stack(self._momenta(parameters, group["momentum"])), group["steps"])
+                update_NRC = orthogonalise(
+                    torch.stack(self._momenta(parameters, group["momentum"])), group["steps"]
+                )
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, list(update_NRC.unbind()), alpha=-rate)
         return None
 
     def _momenta(self, parameters: list[Tensor], decay: float) -> list[Tensor]:
-        gradients = [parameter.grad for parameter in parameters]
-        buffers = [
-            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in parameters
-        ]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - decay)
         return list(torch._foreach_lerp(gradients, buffers, decay))
 
@@ -78,5 +80,7 @@ def orthogonalise(matrix_NRC: Tensor, steps: int = 5) -> Tensor:
     a, b, c = COEFFICIENTS
     for _ in range(steps):
         gram_NRR = x_NRC @ x_NRC.mT
-        x_NRC = torch.baddbmm(x_NRC, torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c), x_NRC, beta=a)
+        x_NRC = torch.baddbmm(
+            x_NRC, torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c), x_NRC, beta=a
+        )
     return (x_NRC.mT if tall else x_NRC).to(matrix_NRC.dtype)

@@ -61,7 +61,8 @@ class TrihybridGemma4Config(PreTrainedConfig):
             self.slots = [Slot((_KIND_OF_TYPE[kind],)).as_dict() for kind in base.layer_types]
         slots = [Slot.from_dict(slot) for slot in self.slots]
         check_slots(base, slots)
-        # Of the whole, transformers hands out no field that differs between kinds of layers; on top stand the sliding ones.
+        # Of the whole, transformers hands out no field that differs between kinds of layers; on top stand the sliding
+        # ones.
         kind = "sliding_attention" if "sliding_attention" in base.layer_types else "full_attention"
         typical = base.per_layer_config[kind]
         for name in COPIED:
@@ -81,8 +82,12 @@ class TrihybridGemma4Config(PreTrainedConfig):
 
     def rwkv7_options(self) -> Rwkv7Options:
         if not self.rwkv7:
-            raise ValueError('a slot holds rwkv7, but "rwkv7" gives no sizes; set heads, kv_heads, head_dim and the ranks')
-        return Rwkv7Options(hidden_size=self.hidden_size, norm_epsilon=self.rms_norm_eps, **(self.rwkv7 or {}))
+            raise ValueError(
+                'a slot holds rwkv7, but "rwkv7" gives no sizes; set heads, kv_heads, head_dim and the ranks'
+            )
+        return Rwkv7Options(
+            hidden_size=self.hidden_size, norm_epsilon=self.rms_norm_eps, **(self.rwkv7 or {})
+        )
 
     def tica_options(self) -> TicaOptions:
         return TicaOptions(hidden_size=self.hidden_size, norm_epsilon=self.rms_norm_eps, **(self.tica or {}))
@@ -120,7 +125,9 @@ def check_slots(base: Gemma4TextConfig, slots: list[Slot]) -> None:
     for index, slot in enumerate(slots):
         stray = [kind for kind in slot.donors if kind not in slot.mixers or not slot.converted]
         if stray:
-            raise ValueError(f"slot {index}: donors are given for {stray}; only a mixer of ours in the slot can have one")
+            raise ValueError(
+                f"slot {index}: donors are given for {stray}; only a mixer of ours in the slot can have one"
+            )
         if slot.converted:
             if not set(slot.mixers) <= {"rwkv7", "tica"} or len(set(slot.mixers)) != len(slot.mixers):
                 raise ValueError(
@@ -129,8 +136,8 @@ def check_slots(base: Gemma4TextConfig, slots: list[Slot]) -> None:
             for kind, donor in slot.donors.items():
                 if not 0 <= donor < index or kind not in slots[donor].mixers or kind in slots[donor].donors:
                     raise ValueError(
-                        f"slot {index}: {kind} reads keys and values of slot {donor}, which is not an earlier slot with a "
-                        f"{kind} of its own"
+                        f"slot {index}: {kind} reads keys and values of slot {donor}, which is not an earlier slot "
+                        f"with a {kind} of its own"
                     )
         elif slot.mixers != (kinds[index],):
             raise ValueError(
@@ -145,7 +152,9 @@ def check_slots(base: Gemma4TextConfig, slots: list[Slot]) -> None:
                     f"convert slot {index} too or keep layer {owner}"
                 )
     if not any(slot.grows or slot.mixers == ("sliding",) for slot in slots):
-        raise ValueError("no slot stores keys and values; keep one sliding, full or tica slot, by which tokens are counted")
+        raise ValueError(
+            "no slot stores keys and values; keep one sliding, full or tica slot, by which tokens are counted"
+        )
 
 
 def _layer_type(slot: Slot) -> str:

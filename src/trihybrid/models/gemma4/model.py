@@ -66,7 +66,14 @@ class Stream:
     def fork(self) -> "Stream":
         """The same tokens with empty records of shared keys and values, for a second stream of hidden states."""
         return Stream(
-            self.span, self.masks, self.rotary, self.per_layer_BTLP, self.position_ids, self.cache, Shared(), UserDict()
+            self.span,
+            self.masks,
+            self.rotary,
+            self.per_layer_BTLP,
+            self.position_ids,
+            self.cache,
+            Shared(),
+            UserDict(),
         )
 
 
@@ -84,10 +91,15 @@ class TrihybridGemma4PreTrainedModel(Gemma4PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        # transformers marks what it has loaded, and `init.copy_` keeps off it; a mixer that is all loaded draws nothing.
+        # transformers marks what it has loaded, and `init.copy_` keeps off it; a mixer all loaded draws nothing.
         if isinstance(module, Mixer) and not _all_loaded(module):
             assert module.publishes is not None
             module.initialise(module.publishes, self.config.num_hidden_layers, init.copy_)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # Of classes outside of its own package transformers skips modules whose direct parameters are loaded, and would
+        # leave a missing norm or projection below them to chance. Ours write through `init`, so nothing needs the skip.
+        super()._initialize_weights(module)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
@@ -117,8 +129,10 @@ class TrihybridGemma4Model(TrihybridGemma4PreTrainedModel, Gemma4TextModel):
     _can_record_outputs = {"hidden_states": Gemma4TextDecoderLayer, "attentions": Gemma4TextAttention}
 
     def __init__(self, config: TrihybridGemma4Config) -> None:
-        Gemma4TextModel.__init__(self, config.base())  # type: ignore[arg-type]
+        Gemma4TextModel.__init__(self, config.base())
         self.base = self.config
+        # transformers has just chosen an attention for the teacher's configuration; ours has none yet without a head.
+        config._attn_implementation = self.base._attn_implementation
         self.config = config
         for index, slot in enumerate(config.slot_list()):
             if slot.converted:
@@ -154,7 +168,11 @@ class TrihybridGemma4Model(TrihybridGemma4PreTrainedModel, Gemma4TextModel):
         if position_ids is None:
             position_ids = torch.arange(start, start + length, device=hidden_BTD.device)[None]
         if layer_types is None:
-            layer_types = {self.base.layer_types[i] for i, slot in enumerate(self.config.slot_list()) if not slot.converted}
+            layer_types = {
+                self.base.layer_types[i]
+                for i, slot in enumerate(self.config.slot_list())
+                if not slot.converted
+            }
         stream = Stream(
             span,
             self._masks(sorted(layer_types), hidden_BTD, attention_mask, position_ids, past_key_values, span),
@@ -204,7 +222,9 @@ class TrihybridGemma4Model(TrihybridGemma4PreTrainedModel, Gemma4TextModel):
         layer = self.layers[index] if layer is None else layer
         kind = self.base.layer_types[index]
         per_layer = None if stream.per_layer_BTLP is None else stream.per_layer_BTLP[:, :, index]
-        ours: dict[str, Any] = {"span": stream.span, "shared": stream.shared} if isinstance(layer, ConvertedDecoderLayer) else {}
+        ours: dict[str, Any] = (
+            {"span": stream.span, "shared": stream.shared} if isinstance(layer, ConvertedDecoderLayer) else {}
+        )
         if record is not None:
             ours["record"] = record
         return layer(
@@ -239,7 +259,9 @@ class TrihybridGemma4Model(TrihybridGemma4PreTrainedModel, Gemma4TextModel):
         )
         for index in range(self.config.num_hidden_layers):
             hidden_BTD = self.layer(index, hidden_BTD, stream)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_BTD), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_BTD), past_key_values=past_key_values
+        )
 
 
 class TrihybridGemma4ForCausalLM(TrihybridGemma4PreTrainedModel, GenerationMixin):
@@ -281,7 +303,9 @@ class TrihybridGemma4ForCausalLM(TrihybridGemma4PreTrainedModel, GenerationMixin
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BTV = softcap(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.final_logit_softcapping)
+        logits_BTV = softcap(
+            self.lm_head(outputs.last_hidden_state[:, kept]), self.config.final_logit_softcapping
+        )
         loss = None if labels is None else self.loss_function(logits_BTV, labels, self.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -293,6 +317,6 @@ class TrihybridGemma4ForCausalLM(TrihybridGemma4PreTrainedModel, GenerationMixin
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
-        """Keep the 2-D mask: generate would turn it into 4-D masks for preallocated caches, and a recurrence cannot read
-        those. The model builds the 4-D masks of its retained layers itself."""
+        """Keep the 2-D mask: generate would turn it into 4-D masks for preallocated caches, and a recurrence cannot
+        read those. The model builds the 4-D masks of its retained layers itself."""
         return attention_mask

@@ -1,7 +1,7 @@
 """A converted layer: transformers' own Gemma-4 decoder layer with our mixers in the place of its attention.
 
-    h -> input_layernorm -> [rwkv7] + [tica] -> post_attention_layernorm -> + h -> MLP -> per-layer input -> scalar
-         (the teacher's)     (ours)             (the teacher's, and all that follows)
+h -> input_layernorm -> [rwkv7] + [tica] -> post_attention_layernorm -> + h -> MLP -> per-layer input -> scalar
+     (the teacher's)     (ours)             (the teacher's, and all that follows)
 """
 
 from typing import Any

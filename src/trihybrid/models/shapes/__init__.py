@@ -11,7 +11,9 @@ ALIASES = {"google/gemma-4-E2B": "gemma-4-e2b", "google/gemma-4-E2B-it": "gemma-
 
 def shape_names() -> list[str]:
     """Names of the built-in shapes."""
-    return sorted(Path(entry.name).stem for entry in files(__name__).iterdir() if entry.name.endswith(".json"))
+    return sorted(
+        Path(entry.name).stem for entry in files(__name__).iterdir() if entry.name.endswith(".json")
+    )
 
 
 def load_shape(name: str) -> Gemma4TextConfig:
@@ -23,5 +25,7 @@ def load_shape(name: str) -> Gemma4TextConfig:
     stem = ALIASES.get(name, name.lower())
     if stem not in shape_names():
         known = shape_names() + sorted(ALIASES)
-        raise ValueError(f'no built-in shape "{name}"; known: {", ".join(known)}; or give a folder with a config.json')
+        raise ValueError(
+            f'no built-in shape "{name}"; known: {", ".join(known)}; or give a folder with a config.json'
+        )
     return Gemma4TextConfig.from_dict(json.loads((files(__name__) / f"{stem}.json").read_text()))
