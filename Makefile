@@ -9,7 +9,8 @@ NEWEST := .venv-transformers-newest
 LOWEST_TRANSFORMERS := 5.17.0
 TRANSFORMERS_TESTS := $(wildcard tests/models tests/laws tests/surgery tests/distill)
 PIP_INSTALL := -m pip --disable-pip-version-check -q install -c constraints.txt
-PYTEST := -m pytest -q --durations=10
+# Two processes; the tests of a file stay together, so that they share what they set up.
+PYTEST := -m pytest -q -n 2 --dist loadfile --durations=10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

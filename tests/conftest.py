@@ -1,4 +1,4 @@
-"""Every test starts from the same seed, on few threads, with fresh memory full of NaN; one small run for all rooms."""
+"""Every test starts from the same seed, on one thread, with fresh memory full of NaN; one small run for all rooms."""
 
 import importlib.util
 import sys
@@ -12,7 +12,8 @@ from hypothesis import settings
 
 settings.register_profile("trihybrid", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("trihybrid")
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# One thread a process: the suite runs in two processes, and threads that wait for each other only burn the cores.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +46,15 @@ def micro_recipe(micro: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
+def micro_texts(micro_recipe: Path) -> Path:
+    """The folder of texts of the micro recipe."""
+    return micro_recipe.parent / "texts"
+
+
+@pytest.fixture(scope="session")
 def micro_run(micro: ModuleType, micro_recipe: Path) -> Path:
     """The directory of a finished run of the micro recipe, shared by all tests: read it, or copy it to change it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the subprocesses that are compared with it
     folder = micro_recipe.parent / "run"
     result = micro.trihybrid("distill", micro_recipe, "--out", folder)
-    torch.set_num_threads(threads)
     assert result.code == 0, result.stderr
     return folder

@@ -7,6 +7,7 @@ values. Both full layers are converted.
 import contextlib
 import hashlib
 import io
+import json
 import logging
 import os
 import subprocess
@@ -126,6 +127,12 @@ def write_recipe(folder: Path) -> Path:
     path = folder / "micro.yaml"
     path.write_text(yaml.safe_dump(recipe_fields(source), sort_keys=False))
     return path
+
+
+def surgery_options() -> list[str]:
+    """The micro recipe's surgery as options of `plan` and `convert`."""
+    surgery = recipe_fields(Path("texts"))["surgery"]
+    return [part for key, value in surgery.items() for part in ("--set", f"{key}={json.dumps(value)}")]
 
 
 def trihybrid(*arguments: object) -> Result:

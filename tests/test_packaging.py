@@ -54,7 +54,14 @@ UNSAFE_ATTRIBUTES = {
     ("os", "putenv"),
 }
 # Import name -> distribution, where they differ. Triton comes with torch.
-DISTRIBUTIONS = {"yaml": "pyyaml", "fla": "fla-core", "lm_eval": "lm-eval", "triton": "torch"}
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "fla": "fla-core",
+    "lm_eval": "lm-eval",
+    # Parts of what we declare: torch brings its own triton, transformers cannot be imported without the hub.
+    "triton": "torch",
+    "huggingface_hub": "transformers",
+}
 
 
 def room_of(path: Path) -> str:

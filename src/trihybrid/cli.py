@@ -156,7 +156,9 @@ def convert(
         raise ValueError("--plan says it all; leave --pattern, --share-kv and --set away")
     made = convert_folder(teacher, out, section, plan_file, text)
     converted = [layer["index"] for layer in made["layers"] if layer["before"] != "+".join(layer["after"])]
-    console.print(f"{out}: layers {converted} converted; {made['after']['parameters']:,} parameters")
+    console.print(
+        f"{out}: layers {converted} converted; {made['after']['parameters']:,} parameters", soft_wrap=True
+    )
 
 
 @app.command(name="eval")
@@ -203,7 +205,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory.")] = Path(
     """Write report.html, one self-contained page about a run."""
     from trihybrid.report import build_report
 
-    console.print(f"report: {build_report(run)}")
+    console.print(f"report: {build_report(run)}", soft_wrap=True)
 
 
 @app.command()
@@ -250,7 +252,7 @@ def _surgery(pattern: str | None, share_kv: str, overrides: list[str] | None) ->
 def _clear_demo(folder: Path) -> None:
     recipe = folder / "recipe.yaml"
     if recipe.is_file() and recipe.read_text().startswith("name: demo\n"):
-        console.print(f"replacing the earlier demo in {folder}")
+        console.print(f"replacing the earlier demo in {folder}", soft_wrap=True)
         shutil.rmtree(folder)
 
 
@@ -268,7 +270,7 @@ def _run(recipe: Any, out: Path, dry_run: bool, resume: bool) -> None:
     page = build_report(out)
     seconds = time.perf_counter() - began
     console.print(_results_table(rows))
-    console.print(f"{seconds:.0f} s; report: {page}; figures: {out / 'results.json'}")
+    console.print(f"{seconds:.0f} s; report: {page}; figures: {out / 'results.json'}", soft_wrap=True)
     missed = missed_targets(recipe, rows, seconds)
     for line in missed:
         errors.print(f"missed: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)

@@ -125,3 +125,13 @@ def test_the_section_from_yaml() -> None:
 def test_values_out_of_bounds_are_refused(fields: dict) -> None:
     with pytest.raises(ValidationError):
         DataSection.model_validate(fields)
+
+
+def test_shards_of_other_input_are_kept_where_they_may_not_be_replaced(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    made = prepare(section_of(source), folder, replace=False)
+    assert prepare(section_of(source), folder, replace=False).train.hash == made.train.hash
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"train was made of other text or settings; restore them"):
+        prepare(section_of(source, pairs=5), folder, replace=False)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -363,7 +363,8 @@ def test_checkpointing_is_exact_for_every_parameter(
 def test_bfloat16_is_close_and_its_states_stay_float32(
     student: MakeModel, tokens: Tokens, difference: Difference, typical_layout: str
 ) -> None:
-    """The reference is the same rounded weights in float32, cached token by token as the bf16 run."""
+    """The reference has the same rounded weights in float32. Rounding adds up over the layers: the teacher's own
+    retained layers already differ by 2e-2 at this size."""
     model, ids = student(typical_layout), tokens(2, 16)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()

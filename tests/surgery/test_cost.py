@@ -92,7 +92,8 @@ def test_bytes_are_those_of_the_live_cache(make_base, make_section, name, shape)
 @pytest.mark.parametrize("shape", ["shared", "plain"])
 @pytest.mark.parametrize("name", ["teacher", "default", "tica_shared", "both_shared", "some", "mixed"])
 def test_flops_are_those_counted_for_one_decoded_token(make_base, make_section, name, shape) -> None:
-    """Before, at and past the border of the window of 8."""
+    """Before, at and past the border of the window of 8. Without the angles of the rotary tables, which older versions
+    of transformers compute as a matrix product of one column and one row."""
     base = make_base(**BASES[shape])
     config = None if name == "teacher" else student_config(base, make_section(**SECTIONS[name]))
     contexts = [1, 5, 8, 30]
@@ -107,7 +108,11 @@ def test_flops_are_those_counted_for_one_decoded_token(make_base, make_section, 
                 model(tokens[:, :-1], past_key_values=cache, use_cache=True)
             with FlopCounterMode(display=False) as counter:
                 model(tokens[:, -1:], past_key_values=cache, use_cache=True)
-        assert counter.get_total_flops() == costs["flops_per_token"][str(context)], context
+        counts = {
+            name.rpartition(".")[2]: sum(flops.values()) for name, flops in counter.get_flop_counts().items()
+        }
+        counted = counter.get_total_flops() - counts.get("rotary_emb", 0)
+        assert counted == costs["flops_per_token"][str(context)], context
 
 
 def test_rows_add_up(make_base, make_section) -> None:

@@ -37,8 +37,13 @@ class PretrainSection(TrainSection):
         sizes = {"vocab_size": vocabulary, "vocab_size_per_layer_input": vocabulary}
         try:
             base = Gemma4TextConfig.from_dict(dict(self.shape) | sizes)
-            # A property that transformers checks when a model is built.
-            _ = base.kv_sharing_modes
         except (ValueError, StrictDataclassError) as error:
             raise ValueError(f"shape: {error}") from error
+        first_shared = base.num_hidden_layers - base.num_kv_shared_layers
+        alone = sorted(set(base.layer_types) - set(base.layer_types[:first_shared]))
+        if alone:
+            raise ValueError(
+                f"shape: num_kv_shared_layers is {base.num_kv_shared_layers}, but no layer below those has the type "
+                f"{' or '.join(alone)} to lend keys and values; share fewer"
+            )
         return base

@@ -9,23 +9,31 @@ from trihybrid.evaluate import EvaluationSection, evaluate
 from trihybrid.models.checkpoint import load_model
 
 
+PAIRS, CHARACTERS = 8, 3
+"""Pairs of a recall document, and characters that one takes (space, key, value)."""
+
+
 def evaluate_folder(model: Path, teacher: Path | None, text: str, tokens: int, length: int) -> dict[str, Any]:
     """One row of results for the model in a folder, on text that the tokenizer beside it reads.
 
-    The recall probe is the demo's: 8 pairs of one letter each.
+    The recall probe is the demo's, 8 pairs of one letter each; where a round of pairs does not reach beyond the
+    model's window, filler between the rounds does.
 
     Raises:
         ValueError: a folder, tokenizer or text that does not serve.
     """
     loaded = load_model(model)
     reference = None if teacher is None else load_model(teacher)
+    window = loaded.config.sliding_window
     section = DataSection(
         source=text,
         tokenizer=str(model),
         validation_fraction=0.05,
-        recall=RecallSection(fraction=0.0, pairs=8, rounds=5),
+        recall=RecallSection(
+            fraction=0.0, pairs=PAIRS, rounds=5, gap=0 if window <= PAIRS * CHARACTERS else 4 * window
+        ),
     )
     settings = EvaluationSection(sequence_length=length, validation_tokens=tokens)
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(section, folder)
-        return evaluate(loaded, reference, data, settings, loaded.config.sliding_window)
+        return evaluate(loaded, reference, data, settings, window)
