@@ -8,7 +8,6 @@ from trihybrid.data import DataSection, RecallSection, prepare
 from trihybrid.evaluate import EvaluationSection, evaluate
 from trihybrid.models.checkpoint import load_model
 
-
 PAIRS, CHARACTERS = 8, 3
 """Pairs of a recall document, and characters that one takes (space, key, value)."""
 
