@@ -1,7 +1,5 @@
 """Every test starts from the same seed, on one thread, with fresh memory full of NaN; one small run for all rooms."""
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 from hypothesis import settings
+
+import micro_run as micro_commands
 
 settings.register_profile("trihybrid", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("trihybrid")
@@ -30,13 +30,7 @@ def deterministic(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def micro() -> ModuleType:
     """The module with the micro recipe and the helpers that run commands."""
-    path = Path(__file__).with_name("micro_run.py")
-    spec = importlib.util.spec_from_file_location("micro_run", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return micro_commands
 
 
 @pytest.fixture(scope="session")
