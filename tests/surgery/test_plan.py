@@ -3,7 +3,8 @@ import json
 import pytest
 
 from trihybrid.models.shapes import load_shape
-from trihybrid.surgery.plan import check_plan, config_hash, make_plan, plan_layout
+from trihybrid.surgery.layout import layout
+from trihybrid.surgery.plan import check_plan, config_hash, make_plan
 from trihybrid.surgery.section import SurgerySection
 
 GLOBAL = [4, 9, 14, 19, 24, 29, 34]
@@ -129,7 +130,7 @@ def test_a_plan_is_json_and_reads_back(plans) -> None:
         again = json.loads(json.dumps(plan))
         assert again == plan, name
         assert check_plan(again, base).model_dump() == plan["surgery"]
-    slots = plan_layout(plans["shared"], base)
+    slots = layout(base, check_plan(plans["shared"], base))
     assert [i for i, slot in enumerate(slots) if slot.converted] == GLOBAL
     assert slots[34].donors == {"tica": 14}
 

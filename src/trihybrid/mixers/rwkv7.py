@@ -115,7 +115,7 @@ class Rwkv7(Mixer):
         # From their pre-activations on, decay and iclr are float32: in bf16 a W near one would lose its distance from
         # one, and a float32 master weight would mean something else than the bf16 weight that it is saved as.
         u_BTHN = (self.w0 + _wide(low_rank(x_BTD, self.w1, self.w2, torch.tanh))).unflatten(-1, heads)
-        log_w_BTHN = DECAY_FLOOR * torch.sigmoid(_wide(u_BTHN))
+        log_w_BTHN = DECAY_FLOOR * torch.sigmoid(u_BTHN)
         a_BTHN = torch.sigmoid(self.a0 + _wide(low_rank(x_BTD, self.a1, self.a2))).unflatten(-1, heads)
         g_BTC = low_rank(x_BTD, self.g1, self.g2, torch.sigmoid)
 

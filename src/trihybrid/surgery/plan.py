@@ -9,7 +9,7 @@ from transformers import Gemma4TextConfig
 from trihybrid.models.gemma4.config import key_value_owner, teacher_kinds
 from trihybrid.models.pattern import Slot
 from trihybrid.surgery.cost import account
-from trihybrid.surgery.layout import donor_layer, layout, score_width, student_config
+from trihybrid.surgery.layout import donor_layer, score_width, student_config
 from trihybrid.surgery.section import SurgerySection
 
 FORMAT = 1
@@ -191,8 +191,3 @@ def warnings(
                 "says up to 1/16)"
             )
     return found
-
-
-def plan_layout(plan: dict[str, Any], base: Gemma4TextConfig) -> list[Slot]:
-    """The slots that a plan prescribes for its teacher."""
-    return layout(base, check_plan(plan, base))
