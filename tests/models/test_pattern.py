@@ -65,7 +65,7 @@ def test_unreadable_patterns(pattern: str, layers: int, message: str) -> None:
         (["sliding", "tica"], "adds to a retained attention"),
         (["full", "sliding"], "adds to a retained attention"),
         ({"mixer": "tica", "window": 8}, 'takes "mixer" and no other'),
-        ({}, 'takes "mixer" and no other'),
+        ({}, 'and no "mixer"; name one'),
     ],
 )
 def test_legend_entries_that_are_refused(entry: LegendEntry, message: str) -> None:

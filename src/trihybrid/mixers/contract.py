@@ -46,9 +46,16 @@ class Shared:
         keys_values: (mixer kind, slot index) -> the keys and values that this mixer used, for slots that declare it as
             their donor. A recurrence publishes those of the new tokens, [B, T, G, N]; an attention all that it can see,
             [B, G, S, D].
+        first_values_BTGD: values of the new tokens in the first attention, before any residual, for those that mix them
+            in; None until then.
+        value_embeddings: slot index -> what the model adds to the values of the new tokens there, [B, T, G, D].
+        rotary: (dims, base, frequencies) -> cosines and sines of the new tokens, made by whoever needs them first.
     """
 
     keys_values: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    first_values_BTGD: Tensor | None = None
+    value_embeddings: dict[int, Tensor] = field(default_factory=dict)
+    rotary: dict[tuple[int, float, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class Mixer(nn.Module):
@@ -102,13 +109,24 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 class Projection(nn.Linear):
     """`linear` with a weight of its own, [outputs, inputs], as a module, so that adapters that wrap modules (PEFT) are
-    heard."""
+    heard.
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    Args:
+        inputs, outputs: channels.
+        scaled: multiply the outputs by a learned `scale` [outputs], by way of the weight's rows: diag(scale) W x.
+
+    Attributes:
+        quantiser: what the weight passes through before it is used, for training that sees its rounded self.
+    """
+
+    def __init__(self, inputs: int, outputs: int, scaled: bool = False) -> None:
         super().__init__(inputs, outputs, bias=False)
+        self.scale = nn.Parameter(torch.ones(outputs)) if scaled else None
+        self.quantiser: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        weight = self.weight if self.quantiser is None else self.quantiser(self.weight)
+        return linear(x, weight if self.scale is None else weight * self.scale[:, None])
 
 
 def low_rank(

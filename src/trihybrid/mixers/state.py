@@ -1,6 +1,7 @@
 """What a mixer carries from token to token: typed, sized, saved and restored to the bit.
 
-Legend: B batch, H heads, K key width, V value width, G key/value heads, S stored tokens, D head width.
+Legend: B batch, H heads, K key width, V value width, G key/value heads, S stored tokens, D head width; in `ShiftState` K
+tokens back, D model width.
 """
 
 from dataclasses import dataclass
@@ -50,6 +51,20 @@ class RecurrentState:
     @classmethod
     def restore(cls, tensors: dict[str, Tensor]) -> Self:
         return cls(tensors["matrix"])
+
+
+@dataclass(frozen=True)
+class ShiftState:
+    """The last inputs of a token shift, [B, K, D], oldest first."""
+
+    last_BKD: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"last": self.last_BKD}
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor]) -> Self:
+        return cls(tensors["last"])
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,16 @@
 """The layout of a model: which mixers stand in which slot.
 
 A pattern is a string of letters and a legend. `"SSSSR * 7"` with `{"S": "sliding", "R": ["rwkv7", "tica"]}` is 35
-slots; mixers in one slot add up.
+slots; mixers in one slot add up. A legend entry may carry options: `X: {mixer: sliding, window: 128, xsa: true}`.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-KINDS = ("full", "sliding", "rwkv7", "tica")
-RECURRENT = ("rwkv7",)
+KINDS = ("full", "sliding", "rwkv7", "tica", "token_shift")
+CONVERSION_KINDS = ("full", "sliding", "rwkv7", "tica")
 GROWING = ("full", "tica")
 
 LegendEntry = str | list[str] | dict[str, Any]
@@ -22,10 +23,12 @@ class Slot:
     Attributes:
         mixers: kinds in the order in which they are added.
         donors: mixer kind -> index of the earlier slot whose keys and values it reads.
+        options: what the legend says beside the mixers.
     """
 
     mixers: tuple[str, ...]
     donors: dict[str, int] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def converted(self) -> bool:
@@ -47,12 +50,41 @@ class Slot:
         )
 
 
-def parse_pattern(pattern: str, legend: dict[str, LegendEntry], layers: int) -> list[Slot]:
-    """Slots of a model of `layers` layers.
+def parse_pattern(pattern: str, legend: Mapping[str, LegendEntry], layers: int) -> list[Slot]:
+    """Slots of a teacher of `layers` layers: a retained attention alone, or mixers of ours; no options.
 
     Raises:
         ValueError: unreadable pattern, letter that is not in the legend, mixer that does not exist, two mixers of one
-            kind in a slot, or a pattern of another length.
+            kind in a slot, mixers added to a retained attention, options, or a pattern of another length.
+    """
+    slots = read_slots(pattern, legend, CONVERSION_KINDS, {})
+    if len(slots) != layers:
+        raise ValueError(f'pattern "{pattern}" has {len(slots)} slots, the model has {layers} layers')
+    for slot in slots:
+        if len(slot.mixers) > 1 and set(slot.mixers) & {"full", "sliding"}:
+            raise ValueError(
+                f"pattern: {list(slot.mixers)} adds to a retained attention; add tica to rwkv7 only"
+            )
+    return slots
+
+
+def read_slots(
+    pattern: str,
+    legend: Mapping[str, LegendEntry],
+    kinds: tuple[str, ...],
+    options: Mapping[str, frozenset[str]],
+) -> list[Slot]:
+    """One slot for each letter of a pattern.
+
+    Args:
+        pattern: letters and repeats.
+        legend: letter -> kind, kinds, or a mapping of `mixer` and options.
+        kinds: the mixers that may stand in it.
+        options: mixer kind -> names of the options that it takes.
+
+    Raises:
+        ValueError: unreadable pattern, letter that is not in the legend, mixer or option that does not exist, or two
+            mixers of one kind in a slot.
     """
     groups = re.findall(r"([A-Za-z]+)\s*(?:\*\s*(\d+))?", pattern)
     rest = re.sub(r"([A-Za-z]+)\s*(?:\*\s*(\d+))?", "", pattern).strip()
@@ -61,29 +93,34 @@ def parse_pattern(pattern: str, legend: dict[str, LegendEntry], layers: int) -> 
             f'pattern "{pattern}": cannot read "{rest or pattern}"; write letters and repeats, as "SSSSR * 7"'
         )
     letters = "".join(letters * int(repeats or 1) for letters, repeats in groups)
-    if len(letters) != layers:
-        raise ValueError(f'pattern "{pattern}" has {len(letters)} slots, the model has {layers} layers')
-    return [Slot(_mixers(letter, legend)) for letter in letters]
+    return [_slot(letter, legend, kinds, options) for letter in letters]
 
 
-def _mixers(letter: str, legend: dict[str, LegendEntry]) -> tuple[str, ...]:
+def _slot(
+    letter: str,
+    legend: Mapping[str, LegendEntry],
+    kinds: tuple[str, ...],
+    options: Mapping[str, frozenset[str]],
+) -> Slot:
     if letter not in legend:
         raise ValueError(f'pattern letter "{letter}" is not in the legend {sorted(legend)}')
     entry = legend[letter]
+    given: dict[str, Any] = {}
     if isinstance(entry, dict):
-        if set(entry) != {"mixer"}:
-            raise ValueError(
-                f'legend "{letter}" has the options {sorted(entry)}; a slot takes "mixer" and no other'
-            )
+        given = {name: value for name, value in entry.items() if name != "mixer"}
+        if "mixer" not in entry:
+            raise ValueError(f'legend "{letter}" has the options {sorted(entry)} and no "mixer"; name one')
         entry = entry["mixer"]
-    kinds = (entry,) if isinstance(entry, str) else tuple(entry)
-    for kind in kinds:
-        if kind not in KINDS:
-            raise ValueError(f'legend "{letter}": no mixer "{kind}"; choose from {list(KINDS)}')
-    if len(set(kinds)) != len(kinds) or not kinds:
-        raise ValueError(f'legend "{letter}": {list(kinds)} must name each mixer once')
-    if len(kinds) > 1 and set(kinds) & {"full", "sliding"}:
+    named = (entry,) if isinstance(entry, str) else tuple(entry)
+    for kind in named:
+        if kind not in kinds:
+            raise ValueError(f'legend "{letter}": no mixer "{kind}"; choose from {list(kinds)}')
+    if len(set(named)) != len(named) or not named:
+        raise ValueError(f'legend "{letter}": {list(named)} must name each mixer once')
+    allowed = frozenset[str]().union(*(options.get(kind, frozenset()) for kind in named))
+    if not set(given) <= allowed:
         raise ValueError(
-            f'legend "{letter}": {list(kinds)} adds to a retained attention; add tica to rwkv7 only'
+            f'legend "{letter}" has the options {sorted(given)}; {" and ".join(named)} '
+            + (f'takes "mixer" and {sorted(allowed)}' if allowed else 'takes "mixer" and no other')
         )
-    return kinds
+    return Slot(named, options=given)

@@ -3,9 +3,17 @@
 Legend: B batch, T queries, S keys, H query heads, G key/value heads, D head width.
 """
 
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+# torch 2.11 takes grouped heads without being told, later ones ask for it.
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def attention(
@@ -41,3 +49,55 @@ def attention(
             mask.any(-1, keepdim=True), o_BHTD, torch.zeros((), dtype=o_BHTD.dtype, device=o_BHTD.device)
         )
     return o_BHTD.transpose(1, 2)
+
+
+def block_attention(
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    v_BTGD: Tensor,
+    visible: Callable[[int, int | None], Tensor | None],
+    borders: bool,
+    offsets_S: Tensor | None,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """Causal attention of a block of tokens over itself: `attention` without earlier keys, by the fastest way there is.
+
+    Args:
+        q_BTHD, k_BTGD, v_BTGD: queries [B, T, H, D], keys and values [B, T, G, D]; H must be a multiple of G.
+        visible: (keys, window) -> what `attention` takes as `visible_BTS`; asked only where a mask is needed.
+        borders: whether some row holds more than one document.
+        offsets_S: int32, where documents begin in the flattened block, and its end; needed for the fast way alone, and
+            for that only with borders.
+        window: how many tokens a query reads, itself included; None for its whole document.
+        scale: factor on the scores.
+
+    A GPU in half precision without a mask takes torch's fused kernels, in O(T window); everything else is `attention`.
+    """
+    batch, length = q_BTHD.shape[:2]
+    left = -1 if window is None or window >= length else window - 1
+    half = q_BTHD.is_cuda and q_BTHD.dtype in (torch.bfloat16, torch.float16)
+    if half and left < 0 and not borders:
+        q_BHTD, k_BGTD, v_BGTD = q_BTHD.transpose(1, 2), k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2)
+        o_BHTD = F.scaled_dot_product_attention(
+            q_BHTD, k_BGTD, v_BGTD, is_causal=True, scale=scale, enable_gqa=True
+        )
+        return o_BHTD.transpose(1, 2)
+    if half and not borders:
+        offsets_S = torch.arange(0, batch * length + 1, length, device=q_BTHD.device, dtype=torch.int32)
+    if half and offsets_S is not None:
+        o_NHD = varlen_attn(
+            q_BTHD.flatten(0, 1),
+            k_BTGD.flatten(0, 1),
+            v_BTGD.flatten(0, 1),
+            offsets_S,
+            offsets_S,
+            length,
+            length,
+            scale=scale,
+            window_size=(left, 0),
+            **GROUPED,
+        )
+        assert isinstance(o_NHD, Tensor)
+        return o_NHD.unflatten(0, (batch, length))
+    return attention(q_BTHD, k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2), visible(length, window), scale)

@@ -20,6 +20,7 @@ register(Backend("wkv7", "reference", wkv7_reference, _anywhere, priority=0))
 register(Backend("wkv7", "chunked", wkv7_chunked, _anywhere, priority=10))
 
 
+@torch.compiler.disable
 def wkv7(
     r_BTHK: torch.Tensor,
     log_w_BTHK: torch.Tensor,
