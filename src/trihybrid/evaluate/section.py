@@ -28,3 +28,31 @@ class EvaluationSection(BaseModel):
         le=32,
         description="Buckets of the loss by position, each twice as long as the one before.",
     )
+
+
+class AdaptationSection(BaseModel):
+    """Score-first test-time training: each chunk of the stream is scored, and then trained on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    chunk_tokens: int = Field(
+        default=32_768,
+        ge=2,
+        le=2**30,
+        description="Targets that are scored before the model is trained on them.",
+    )
+    learning_rate: float = Field(
+        default=0.002,
+        ge=0,
+        le=1,
+        description="Of SGD on the first chunk; it falls to 0 on the last by a cosine.",
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="Of SGD, kept from chunk to chunk.")
+    epochs: int = Field(default=3, ge=1, le=1000, description="Passes over each chunk.")
+    clip: float = Field(default=1.0, gt=0, description="Largest norm of the gradient of all parameters.")
+    batch_size: int = Field(default=32, ge=1, le=4096, description="Windows in one step of SGD.")
+    stride: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stride of the windows that are scored; null for windows side by side.",
+    )
