@@ -107,10 +107,13 @@ class Attention(Mixer):
         after: KeyValueState
         k_BGTN, v_BGTN = k_BTGN.transpose(1, 2), v_BTGN.transpose(1, 2)
         if state is None:
+            # Padding counts as an earlier document.
+            borders = span.borders or span.valid_BT is not None
             o_BTHN = block_attention(
-                q_BTHN, k_BTGN, v_BTGN, span.visible, span.borders, span.offsets_S, options.window, scale
+                q_BTHN, k_BTGN, v_BTGN, span.positions_BT, borders, options.window, scale
             )
-            after = KeyValueState(k_BGTN, v_BGTN, self._keep)
+            oldest = 0 if self._keep is None else max(0, span.length - self._keep)
+            after = KeyValueState(k_BGTN[:, :, oldest:], v_BGTN[:, :, oldest:], self._keep)
         else:
             assert isinstance(state, KeyValueState)
             k_BGSN, v_BGSN, after = state.append(k_BGTN, v_BGTN)

@@ -124,9 +124,13 @@ class Projection(nn.Linear):
         self.scale = nn.Parameter(torch.ones(outputs)) if scaled else None
         self.quantiser: nn.Module | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """What x is multiplied with, [outputs, inputs]: the weight, maybe rounded, with its rows scaled."""
         weight = self.weight if self.quantiser is None else self.quantiser(self.weight)
-        return linear(x, weight if self.scale is None else weight * self.scale[:, None])
+        return (weight if self.scale is None else weight * self.scale[:, None]).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.matrix(x.dtype))
 
 
 def low_rank(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, rms_norm
 
-from trihybrid.mixers.contract import Projection, Write
+from trihybrid.mixers.contract import Cost, Projection, Write
 from trihybrid.mixers.span import Span
 from trihybrid.ops.token_shift import last_tokens, token_shift
 
@@ -131,3 +131,14 @@ class Front(nn.Module):
         """The state before the first token."""
         row_B1D = torch.zeros(batch, 1, self.options.hidden_size, device=device, dtype=dtype)
         return FrontState(torch.zeros(batch, 1, dtype=torch.int64, device=device), row_B1D)
+
+    def cost(self) -> Cost:
+        """Cost of one token, the same at every context: it reads a row of each table."""
+        options = self.options
+        weights = options.hidden_size * (1 + options.smear)
+        products = 0
+        if options.bigram_buckets:
+            products = self.bigram_output.weight.numel()
+            weights += options.bigram_width + products + 1
+        stored = 8 + 2 * options.hidden_size
+        return Cost(2 * products, stored, 2 * weights + stored)

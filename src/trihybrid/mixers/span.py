@@ -19,15 +19,12 @@ class Span:
         start: number of tokens that every row has already put into its state (padding counted).
         valid_BT: bool, False on padding; None when nothing is padding.
         borders: whether some row holds more than one document, up to the end of this block.
-        offsets_S: int32, where the documents of the flattened block [B T] begin, and its end; for attention kernels
-            that take lengths. None where nobody counted them.
     """
 
     positions_BT: Tensor
     start: int = 0
     valid_BT: Tensor | None = None
     borders: bool = False
-    offsets_S: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -80,13 +77,6 @@ def packed(positions_BT: Tensor, start: int = 0) -> Span:
     # A block that begins inside a later document has no restart of its own, and still must not see earlier documents.
     borders = bool((positions_BT[:, 1:] == 0).any()) or bool((positions_BT[:, 0] != start).any())
     return Span(positions_BT, start, borders=borders)
-
-
-def document_offsets(positions_BT: Tensor) -> Tensor:
-    """`Span.offsets_S` of a block that begins its documents, from restarting positions. On a GPU this waits for the
-    device, so count where the batch is made."""
-    starts_S = (positions_BT.flatten() == 0).nonzero().squeeze(1)
-    return torch.cat([starts_S, starts_S.new_tensor([positions_BT.numel()])]).to(torch.int32)
 
 
 def from_lengths(lengths: list[int], device: torch.device | str = "cpu") -> Span:

@@ -1,7 +1,7 @@
 """What a mixer carries from token to token: typed, sized, saved and restored to the bit.
 
-Legend: B batch, H heads, K key width, V value width, G key/value heads, S stored tokens, D head width; in `ShiftState` K
-tokens back, D model width.
+Legend: B batch, H heads, K key width, V value width, G key/value heads, S stored tokens, D head width; in `ShiftState`
+K tokens back, D model width.
 """
 
 from dataclasses import dataclass

@@ -3,17 +3,12 @@
 Legend: B batch, T queries, S keys, H query heads, G key/value heads, D head width.
 """
 
-from collections.abc import Callable
-from inspect import signature
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-# torch 2.11 takes grouped heads without being told, later ones ask for it.
-GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+FLEX_BLOCK = 128  # queries and keys of a block; FlexAttention's own default
 
 
 def attention(
@@ -55,9 +50,8 @@ def block_attention(
     q_BTHD: Tensor,
     k_BTGD: Tensor,
     v_BTGD: Tensor,
-    visible: Callable[[int, int | None], Tensor | None],
+    positions_BT: Tensor,
     borders: bool,
-    offsets_S: Tensor | None,
     window: int | None,
     scale: float,
 ) -> Tensor:
@@ -65,39 +59,74 @@ def block_attention(
 
     Args:
         q_BTHD, k_BTGD, v_BTGD: queries [B, T, H, D], keys and values [B, T, G, D]; H must be a multiple of G.
-        visible: (keys, window) -> what `attention` takes as `visible_BTS`; asked only where a mask is needed.
+        positions_BT: int64, 0 at the first token of a document; a query reads no more than its position back.
         borders: whether some row holds more than one document.
-        offsets_S: int32, where documents begin in the flattened block, and its end; needed for the fast way alone, and
-            for that only with borders.
         window: how many tokens a query reads, itself included; None for its whole document.
         scale: factor on the scores.
 
-    A GPU in half precision without a mask takes torch's fused kernels, in O(T window); everything else is `attention`.
+    In half precision on a GPU, plain causal attention is torch's fused kernel, and inside torch.compile anything else is
+    FlexAttention over the blocks of the band, in O(T window). Everywhere else a mask is made.
     """
-    batch, length = q_BTHD.shape[:2]
-    left = -1 if window is None or window >= length else window - 1
+    length = q_BTHD.shape[1]
+    windowed = window is not None and window < length
     half = q_BTHD.is_cuda and q_BTHD.dtype in (torch.bfloat16, torch.float16)
-    if half and left < 0 and not borders:
+    if half and not windowed and not borders:
         q_BHTD, k_BGTD, v_BGTD = q_BTHD.transpose(1, 2), k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2)
         o_BHTD = F.scaled_dot_product_attention(
             q_BHTD, k_BGTD, v_BGTD, is_causal=True, scale=scale, enable_gqa=True
         )
         return o_BHTD.transpose(1, 2)
-    if half and not borders:
-        offsets_S = torch.arange(0, batch * length + 1, length, device=q_BTHD.device, dtype=torch.int32)
-    if half and offsets_S is not None:
-        o_NHD = varlen_attn(
-            q_BTHD.flatten(0, 1),
-            k_BTGD.flatten(0, 1),
-            v_BTGD.flatten(0, 1),
-            offsets_S,
-            offsets_S,
-            length,
-            length,
-            scale=scale,
-            window_size=(left, 0),
-            **GROUPED,
-        )
-        assert isinstance(o_NHD, Tensor)
-        return o_NHD.unflatten(0, (batch, length))
-    return attention(q_BTHD, k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2), visible(length, window), scale)
+    if half and torch.compiler.is_compiling() and length % FLEX_BLOCK == 0:
+        return band_attention(q_BTHD, k_BTGD, v_BTGD, positions_BT, window, scale)
+    distance_TT = torch.arange(length, device=q_BTHD.device)[:, None] - torch.arange(
+        length, device=q_BTHD.device
+    )
+    reach_BT = positions_BT if window is None else positions_BT.clamp(max=window - 1)
+    visible_BTS = (distance_TT >= 0) & (distance_TT <= reach_BT[:, :, None])
+    plain = not windowed and not borders
+    return attention(
+        q_BTHD, k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2), None if plain else visible_BTS, scale
+    )
+
+
+def band_attention(
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    v_BTGD: Tensor,
+    positions_BT: Tensor,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """`block_attention` by FlexAttention, for T in multiples of `FLEX_BLOCK`; meant for torch.compile.
+
+    The blocks are those of the window alone, the same for every batch: what belongs to another document is masked
+    inside them, which costs less than finding its blocks.
+    """
+    blocks = q_BTHD.shape[1] // FLEX_BLOCK
+    reach = blocks - 1 if window is None else min(blocks - 1, (window + FLEX_BLOCK - 2) // FLEX_BLOCK)
+    row = torch.arange(blocks, device=q_BTHD.device, dtype=torch.int32)
+    first = (row - reach).clamp(min=0)
+    indices = (first[:, None] + row).clamp(max=blocks - 1)
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        distance = query - key
+        seen = (distance >= 0) & (distance <= positions_BT[batch, query])
+        return seen if window is None else seen & (distance < window)
+
+    mask = BlockMask.from_kv_blocks(
+        (row - first + 1)[None, None],
+        indices[None, None].to(torch.int32),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=visible,
+        seq_lengths=(q_BTHD.shape[1], k_BTGD.shape[1]),
+    )
+    o_BHTD = flex_attention(
+        q_BTHD.transpose(1, 2),
+        k_BTGD.transpose(1, 2),
+        v_BTGD.transpose(1, 2),
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=True,
+    )
+    assert isinstance(o_BHTD, Tensor)
+    return o_BHTD.transpose(1, 2)

@@ -22,6 +22,7 @@ from trihybrid.mixers.tica import Tica, TicaOptions
 from trihybrid.mixers.token_shift import TokenShift, TokenShiftOptions
 from trihybrid.models.compact.section import CompactSection
 from trihybrid.models.pattern import Slot
+from trihybrid.ops.squared_mlp import fusable, squared_mlp
 
 EPSILON = 1e-6
 
@@ -36,6 +37,10 @@ class Mlp(nn.Module):
         self.down = Projection(inner, hidden, scaled)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        # Training takes both matrices at once; without a gradient each stands alone, where hooks can see its inputs.
+        if torch.is_grad_enabled() and fusable(x_BTD, self.up.weight.shape):
+            up_ID, down_DI = self.up.matrix(x_BTD.dtype), self.down.matrix(x_BTD.dtype)
+            return squared_mlp(x_BTD, up_ID, down_DI, self.slope)
         return self.down(leaky_relu(self.up(x_BTD), self.slope).square())
 
 

@@ -6,6 +6,7 @@ Legend: B batch, T time, D model width, V vocabulary, G key/value heads, N head 
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from trihybrid.mixers.state import State
 from trihybrid.models.compact.block import EPSILON, Block
 from trihybrid.models.compact.section import CompactSection
 from trihybrid.ops.divergence import softcap
-from trihybrid.ops.fake_quantize import fake_quantize
+from trihybrid.ops.fake_quantize import check_clip, fake_quantize, integer_range
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,48 @@ class CompactState:
     front: FrontState
     blocks: tuple[tuple[State | None, ...], ...]
     start: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensors by name, and `start` as int64, enough to restore the state to the bit."""
+        named = {f"front.{name}": tensor for name, tensor in self.front.tensors().items()}
+        for place, part in self._parts():
+            named |= {f"{place}.{name}": tensor for name, tensor in part.tensors().items()}
+        return named | {"start": torch.tensor(self.start)}
+
+    def restore(self, tensors: dict[str, Tensor]) -> "CompactState":
+        """The state whose `tensors` these are; `self` is any state of the same model, as `new_state` gives.
+
+        Raises:
+            ValueError: names of another model.
+        """
+        own = self.tensors()
+        if set(tensors) != set(own):
+            raise ValueError(
+                f"the tensors of a state of this model differ from those given by {sorted(set(own) ^ set(tensors))}; "
+                "restore with the model that saved them"
+            )
+
+        def below(place: str) -> dict[str, Tensor]:
+            return {
+                name.removeprefix(f"{place}."): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(f"{place}.")
+            }
+
+        blocks = tuple(
+            tuple(
+                None if part is None else type(part).restore(below(f"blocks.{layer}.{place}"))
+                for place, part in enumerate(parts)
+            )
+            for layer, parts in enumerate(self.blocks)
+        )
+        return CompactState(FrontState.restore(below("front")), blocks, int(tensors["start"]))
+
+    def _parts(self) -> Iterator[tuple[str, State]]:
+        for layer, parts in enumerate(self.blocks):
+            for place, part in enumerate(parts):
+                if part is not None:
+                    yield f"blocks.{layer}.{place}", part
 
 
 class ValueEmbedding(nn.Module):
@@ -63,6 +106,8 @@ class Quantiser(nn.Module):
 
     def __init__(self, bits: int, clip: float | None, device: torch.device) -> None:
         super().__init__()
+        integer_range(bits)
+        check_clip(clip)
         self.bits, self.clip = bits, clip
         self.active: Tensor
         self.register_buffer("active", torch.zeros((), device=device), persistent=False)
@@ -145,7 +190,16 @@ class CompactModel(nn.Module):
     def hidden(
         self, tokens_BT: Tensor, span: Span, state: CompactState | None = None
     ) -> tuple[Tensor, CompactState]:
-        """Normed rows that the head reads, [B, T, D] in the compute dtype, and the state after them."""
+        """Normed rows that the head reads, [B, T, D] in the compute dtype, and the state after them.
+
+        Raises:
+            ValueError: `span.start` is not the number of tokens that the state holds.
+        """
+        held = 0 if state is None else state.start
+        if span.start != held:
+            raise ValueError(
+                f"span.start is {span.start}; the state holds {held} tokens and must be continued there"
+            )
         dtype = self.compute_dtype or self.front.tokens.dtype
         shared = Shared()
         x_BTD, front = self.front(tokens_BT, span, None if state is None else state.front, dtype)
@@ -214,22 +268,25 @@ class CompactModel(nn.Module):
                 projection.quantiser.active.fill_(float(active))
 
     def cost(self, context: int) -> Cost:
-        """Cost of the token that follows `context - 1` others, head included; weights in 2 bytes."""
-        total = Cost(0, 0, 0)
-        mixed = 0
+        """Cost of the token that follows `context - 1` others, head included; weights in 2 bytes, one row of each table
+        but of the head's."""
+        total = self.front.cost()
+        weights = self.front.tokens.numel()
+        products = weights
         for block in self._blocks():
+            weights += sum(p.numel() for p in block.parameters())
+            products += block.mlp.up.weight.numel() + block.mlp.down.weight.numel()
             for mixer in block.mixers:
                 assert isinstance(mixer, Mixer)
                 total += mixer.cost(context)
-                mixed += sum(p.numel() for p in mixer.parameters())
-        products = sum(
-            projection.weight.numel()
-            for name, projection in self.projections().items()
-            if ".mixers." not in name
-        )
-        head = self.front.tokens.numel()
-        rest = sum(p.numel() for p in self.parameters()) - mixed
-        return total + Cost(2 * (products + head), 0, 2 * rest)
+                weights -= sum(p.numel() for p in mixer.parameters())
+        if self.value_embedding is not None:
+            output = self.value_embedding.output.weight
+            weights += output.numel() + output.shape[1] + self.value_embedding.scales.numel()
+            products += output.numel()
+        if self.skip_scales is not None:
+            weights += self.skip_scales.numel()
+        return total + Cost(2 * products, 0, 2 * weights)
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]

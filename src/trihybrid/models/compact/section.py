@@ -4,6 +4,10 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from trihybrid.mixers.attention import AttentionOptions
+from trihybrid.mixers.rwkv7 import Rwkv7Options
+from trihybrid.mixers.tica import TicaOptions
+from trihybrid.mixers.token_shift import TokenShiftOptions
 from trihybrid.models.pattern import KINDS, LegendEntry, Slot, read_slots
 
 ATTENTION_OPTIONS = frozenset({"xsa", "value_residual", "rope_dims"})
@@ -12,6 +16,8 @@ OPTIONS = {
     "sliding": ATTENTION_OPTIONS | {"window"},
     "token_shift": frozenset({"back"}),
 }
+FLAGS = frozenset({"xsa", "value_residual"})
+"""Options that are true or false; the others are integers."""
 LEGEND: dict[str, LegendEntry] = {
     "T": "token_shift",
     "W": {"mixer": "sliding", "window": 128},
@@ -126,6 +132,8 @@ class CompactSection(BaseModel):
                 raise ValueError(
                     f'legend "{letter}": sliding needs a window, as {{mixer: sliding, window: 128}}'
                 )
+        for slot in slots:
+            self._check_slot(slot)
         outside = [index for index in self.value_embedding_layers if not 0 <= index < len(slots)]
         if outside or len(set(self.value_embedding_layers)) != len(self.value_embedding_layers):
             raise ValueError(
@@ -141,6 +149,26 @@ class CompactSection(BaseModel):
             ValueError: see `read_slots`.
         """
         return read_slots(self.pattern, self.legend, KINDS, OPTIONS)
+
+    def _check_slot(self, slot: Slot) -> None:
+        """ValueError for options or sizes that the slot's mixers refuse."""
+        options, hidden = slot.options, self.hidden_size
+        for name, value in options.items():
+            if type(value) is not (bool if name in FLAGS else int):
+                wanted = "true or false" if name in FLAGS else "an integer"
+                raise ValueError(
+                    f"legend option {name} of {list(slot.mixers)} is {value!r}; it must be {wanted}"
+                )
+        if {"full", "sliding"} & set(slot.mixers):
+            rope_dims = options.get("rope_dims", self.rope_dims)
+            sizes = (hidden, self.heads, self.kv_heads, self.head_dim)
+            AttentionOptions(*sizes, window=options.get("window"), rope_dims=rope_dims)
+        if "token_shift" in slot.mixers:
+            TokenShiftOptions(hidden, options.get("back", 1))
+        if "rwkv7" in slot.mixers:
+            Rwkv7Options(hidden_size=hidden, **self.rwkv7.model_dump())
+        if "tica" in slot.mixers:
+            TicaOptions(hidden_size=hidden, **self.tica.model_dump())
 
     @property
     def first_attention(self) -> int:
