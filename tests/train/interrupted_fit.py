@@ -27,11 +27,18 @@ ROLES = {
 class TinyTask:
     """Next-token prediction over 11 tokens, with dropout, so that torch's generator matters."""
 
-    def __init__(self, seed: int = 0, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        device: str = "cpu",
+        dropout: float = 0.2,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
+        self.dropout = dropout
 
         def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter((0.3 * torch.randn(*shape, generator=generator)).to(device))
+            return nn.Parameter((0.3 * torch.randn(*shape, generator=generator)).to(device, dtype))
 
         self.tensors = {
             "embedding.weight": parameter(11, 8),
@@ -51,7 +58,7 @@ class TinyTask:
         batch = batch.to(self.tensors["head"].device)
         hidden = nn.functional.embedding(batch[:, :-1], self.tensors["embedding.weight"])
         hidden = torch.tanh(hidden @ self.tensors["mix.weight"] + self.tensors["mix.bias"])
-        hidden = nn.functional.dropout(hidden * torch.exp(-self.tensors["decay"].exp()), 0.2)
+        hidden = nn.functional.dropout(hidden * torch.exp(-self.tensors["decay"].exp()), self.dropout)
         logits = hidden @ self.tensors["head"].T
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         return loss, {"accuracy": (logits.argmax(-1) == batch[:, 1:]).float().mean()}
@@ -60,12 +67,19 @@ class TinyTask:
         return batch[:, 1:].numel()
 
 
+class SplitTask(TinyTask):
+    """The tiny task with batches that can be cut by rows."""
+
+    def split(self, batch: Tensor, parts: int) -> list[Tensor]:
+        return list(batch.chunk(parts))
+
+
 def batch_of(step: int) -> Tensor:
     """[4, 6] token ids, a pure function of the step."""
     return torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(1000 + step))
 
 
-def section_of(optimizer: str = "adamw", **loop: int) -> TrainSection:
+def section_of(optimizer: str = "adamw", **loop: float) -> TrainSection:
     """A short stage with warm-up, decay and clipping."""
     return TrainSection.model_validate(
         {

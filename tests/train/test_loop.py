@@ -14,7 +14,6 @@ import torch
 
 import trihybrid
 from trihybrid.run import read_log
-from trihybrid.train.loop import clip_gradients
 
 
 class Stop(BaseException):
@@ -171,17 +170,6 @@ def test_parameter_that_the_loss_ignores_is_named(
     assert task.tensors["unused"].tolist() == [1.0, 1.0, 1.0]
     again, summary = tiny.run_fit(tmp_path, task=Ignoring(), section=tiny.section_of(steps=6))
     assert summary.steps == 6 and same_bits(task.parameters(), again.parameters())
-
-
-def test_clipping_scales_to_the_limit_and_leaves_smaller_gradients_alone() -> None:
-    parameters = {name: torch.nn.Parameter(torch.zeros(1)) for name in "ab"}
-    parameters["a"].grad, parameters["b"].grad = torch.tensor([3.0]), torch.tensor([4.0])
-    assert clip_gradients(parameters, 10.0, 0, 1.0) == 5.0
-    assert (parameters["a"].grad.item(), parameters["b"].grad.item()) == (3.0, 4.0)
-    assert clip_gradients(parameters, None, 0, 1.0) == 5.0
-    assert clip_gradients(parameters, 1.0, 0, 1.0) == 5.0
-    assert parameters["a"].grad.item() == pytest.approx(0.6, rel=1e-5)
-    assert parameters["b"].grad.item() == pytest.approx(0.8, rel=1e-5)
 
 
 def test_killed_run_resumes_to_the_bit(tiny: ModuleType, tmp_path: Path) -> None:

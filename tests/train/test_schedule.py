@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trihybrid.train import ScheduleSection, factor
+from trihybrid.train import MuonSection, ScheduleSection, factor
+from trihybrid.train.schedule import momentum, time_factor
 
 
 def factors(steps: int, **fields: object) -> list[float]:
@@ -66,3 +67,44 @@ def test_borders_are_refused() -> None:
         factor(0, ScheduleSection(warmup_steps=3, decay_steps=2), 4)
     with pytest.raises(ValueError, match="warmup_steps 5 and decay_steps None do not fit"):
         factor(0, ScheduleSection(warmup_steps=5), 4)
+
+
+def test_a_fraction_of_the_steps_is_that_many_steps() -> None:
+    by_fraction = factors(8, kind="linear", decay_fraction=0.5, final_fraction=0.0)
+    assert by_fraction == factors(8, kind="linear", decay_steps=4, final_fraction=0.0)
+
+
+def test_the_decay_by_time_as_numbers() -> None:
+    """The stock baseline's min(1, remaining / (decay_steps * seconds a step))."""
+    section = ScheduleSection(kind="linear", decay_steps=20, final_fraction=0.0)
+    found = [time_factor(elapsed, 10.0, 0.25, section) for elapsed in (0.0, 5.0, 6.0, 7.5, 10.0, 11.0)]
+    assert found == pytest.approx([1.0, 1.0, 0.8, 0.5, 0.0, 0.0])
+    assert time_factor(9.0, 10.0, 0.0, section) == 1.0
+    floor = ScheduleSection(kind="linear", decay_fraction=0.5, final_fraction=0.1)
+    assert time_factor(7.5, 10.0, 0.0, floor) == pytest.approx(0.55)
+    half = ScheduleSection(kind="cosine", warmup_steps=8, final_fraction=0.0)
+    assert time_factor(6.0, 10.0, 0.25, half) == pytest.approx(0.5)
+    assert time_factor(9.9, 10.0, 0.25, ScheduleSection(kind="constant")) == 1.0
+
+
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(
+    kind=st.sampled_from(["cosine", "linear"]),
+    steps=st.integers(10, 60),
+    share=st.floats(0.1, 1.0),
+    pace=st.floats(0.01, 10.0),
+)
+def test_time_that_runs_with_the_steps_gives_the_factor_of_the_steps(
+    kind: str, steps: int, share: float, pace: float
+) -> None:
+    section = ScheduleSection.model_validate({"kind": kind, "decay_steps": max(1, int(share * steps))})
+    for step in range(steps + 1):
+        by_time = time_factor(step * pace, steps * pace, pace, section)
+        assert by_time == pytest.approx(factor(step, section, steps), abs=1e-9)
+
+
+def test_momentum_warms_up_linearly() -> None:
+    section = MuonSection(momentum=0.95, momentum_start=0.85, momentum_warmup_steps=4)
+    found = [momentum(step, section) for step in range(6)]
+    assert found == pytest.approx([0.85, 0.875, 0.9, 0.925, 0.95, 0.95])
+    assert momentum(0, MuonSection(momentum=0.9)) == 0.9

@@ -3,7 +3,14 @@
 import pytest
 import yaml
 
-from trihybrid.train import LoopSection, OptimizerSection, ScheduleSection, TrainSection
+from trihybrid.train import (
+    AverageSection,
+    LoopSection,
+    MuonSection,
+    OptimizerSection,
+    ScheduleSection,
+    TrainSection,
+)
 
 RECIPE = """
 loop: {steps: 100, batch_size: 4, sequence_length: 64, seed: 7}
@@ -46,10 +53,25 @@ def test_a_section_survives_json() -> None:
         (OptimizerSection, {"weight_decay_by_role": {"bias": 1.0}}, "matrix"),
         (OptimizerSection, {"learning_rate_by_role": {"head": -1.0}}, "greater than or equal to 0"),
         (OptimizerSection, {"momentum": 0.9}, "Extra inputs"),
+        (OptimizerSection, {"muon": {"steps": 4}}, "name is 'adamw'; choose name 'muon'"),
+        (MuonSection, {"momentum_start": 0.85}, "momentum_warmup_steps 0; give both"),
+        (MuonSection, {"momentum_warmup_steps": 3}, "momentum_start: None .*; give both"),
+        (MuonSection, {"coefficients": "polar", "steps": 6}, "6, but 'polar' has coefficients for 5"),
+        (AverageSection, {}, "give one of the two"),
+        (AverageSection, {"decay": 0.9, "horizon": 0.1}, "give one of the two"),
         (ScheduleSection, {"kind": "constant", "decay_steps": 5}, "kind 'constant' does not decay"),
         (ScheduleSection, {"final_fraction": 1.5}, "less than or equal to 1"),
         (LoopSection, {"steps": 0}, "greater than or equal to 1"),
         (LoopSection, {"steps": 10, "keep": 0}, "greater than or equal to 1"),
+        (LoopSection, {"steps": 10, "accumulate": 3}, "3 does not divide batch_size 8"),
+        (LoopSection, {"steps": 10, "seconds": 0.0}, "greater than 0"),
+        (ScheduleSection, {"kind": "constant", "decay_fraction": 0.5}, "kind 'constant' does not decay"),
+        (ScheduleSection, {"decay_steps": 3, "decay_fraction": 0.5}, "beside decay_steps 3; give one"),
+        (
+            TrainSection,
+            {"loop": {"steps": 10}, "schedule": {"warmup_steps": 6, "decay_fraction": 0.5}},
+            r"decay_steps 5 = 11 exceed",
+        ),
         (TrainSection, {"loop": {"steps": 3}, "schedule": {"warmup_steps": 4}}, "= 4 exceed loop.steps 3"),
         (TrainSection, {"loop": {"steps": 5}, "schedule": {"warmup_steps": 4, "decay_steps": 2}}, "= 6"),
     ],
@@ -60,5 +82,6 @@ def test_nonsense_is_refused(model: type, fields: dict, match: str) -> None:
 
 
 def test_every_field_is_described() -> None:
-    for model in (LoopSection, OptimizerSection, ScheduleSection, TrainSection):
+    models = (AverageSection, LoopSection, MuonSection, OptimizerSection, ScheduleSection, TrainSection)
+    for model in models:
         assert all(field.description for field in model.model_fields.values())

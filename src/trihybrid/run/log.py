@@ -37,7 +37,7 @@ class StepRecord:
 
     Attributes:
         step: index of the step, from 0.
-        steps: steps of the whole stage.
+        steps: steps of the whole stage, as far as they are known: a stage that ends by the clock estimates them.
         loss: the loss before this step's update.
         learning_rate: the base learning rate of this step.
         gradient_norm: global norm before clipping.
@@ -194,6 +194,7 @@ class RunLog:
         self._progress.update(
             self._bar,
             completed=record.step + 1,
+            total=record.steps,
             loss=f"{record.loss:.4f}",
             rate=f"{rate:,.0f}",
             remaining=_clock(remaining),

@@ -1,26 +1,44 @@
 """Training: loop, optimizers by role, schedules and checkpoints. Knows no task, no model and no data."""
 
+from trihybrid.train.average import Average
 from trihybrid.train.checkpoint import Checkpoints, Progress
+from trihybrid.train.distributed import ALONE, Workers, process_group
 from trihybrid.train.loop import FitSummary, fit
 from trihybrid.train.optim import DEFAULT_MULTIPLIERS, ROLES, Optimizers, build_optimizer
 from trihybrid.train.schedule import factor
-from trihybrid.train.section import LoopSection, OptimizerSection, Role, ScheduleSection, TrainSection
-from trihybrid.train.task import Task
+from trihybrid.train.section import (
+    AverageSection,
+    LoopSection,
+    MuonSection,
+    OptimizerSection,
+    Role,
+    ScheduleSection,
+    TrainSection,
+)
+from trihybrid.train.task import FollowsProgress, SplitsBatches, Task
 
 __all__ = [
+    "ALONE",
     "DEFAULT_MULTIPLIERS",
     "ROLES",
+    "Average",
+    "AverageSection",
     "Checkpoints",
     "FitSummary",
+    "FollowsProgress",
     "LoopSection",
+    "MuonSection",
     "OptimizerSection",
     "Optimizers",
     "Progress",
     "Role",
     "ScheduleSection",
+    "SplitsBatches",
     "Task",
     "TrainSection",
+    "Workers",
     "build_optimizer",
     "factor",
     "fit",
+    "process_group",
 ]

@@ -3,6 +3,7 @@
     <folder>/step-000123/              123 steps are done
         parameters.safetensors         the trainable parameters
         optimizer.safetensors          moments and step counters
+        average.safetensors            the parameters' running average, where there is one
         random.safetensors             torch's generators (CPU, each CUDA device)
         checkpoint.json                step, stage hash, parent hash, progress; size and sha256 of each file
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from trihybrid.run.directory import sync_folder, write_json
 from trihybrid.run.lineage import hash_file
+from trihybrid.train.average import Average
 from trihybrid.train.optim import Optimizers
 
 _logger = logging.getLogger(__name__)
@@ -46,12 +48,14 @@ class Progress:
         loss: loss of the last of them (0.0 before the first).
         tokens: tokens seen.
         seconds: training time.
+        finished: the stage is done, whatever number of steps it was given.
     """
 
     step: int = 0
     loss: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
+    finished: bool = False
 
 
 class Checkpoints:
@@ -92,7 +96,11 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def save(
-        self, progress: Progress, parameters: Mapping[str, nn.Parameter], optimizers: Optimizers
+        self,
+        progress: Progress,
+        parameters: Mapping[str, nn.Parameter],
+        optimizers: Optimizers,
+        average: Average | None = None,
     ) -> Path:
         """Write a checkpoint and return its folder.
 
@@ -111,10 +119,12 @@ class Checkpoints:
             contents: dict[str, Mapping[str, Tensor]] = {
                 "parameters": dict(parameters),
                 "optimizer": optimizers.state_tensors(),
-                "random": _random_state(),
+                "random": random_state(),
             }
+            if average is not None:
+                contents["average"] = average.state_tensors()
             files = {}
-            for part in _PARTS:
+            for part in contents:
                 path = temporary / f"{part}.safetensors"
                 save_file(
                     {name: tensor.detach().contiguous() for name, tensor in contents[part].items()}, path
@@ -147,22 +157,33 @@ class Checkpoints:
             os.rename(path, doomed)
             shutil.rmtree(doomed)
 
-    def load(self, path: Path, parameters: Mapping[str, nn.Parameter], optimizers: Optimizers) -> Progress:
-        """Restore parameters (in place), optimizers and torch's generators from a checkpoint, to the bit.
+    def load(
+        self,
+        path: Path,
+        parameters: Mapping[str, nn.Parameter],
+        optimizers: Optimizers,
+        average: Average | None = None,
+    ) -> Progress:
+        """Restore parameters (in place), optimizers, the average and torch's generators from a checkpoint, to the bit.
 
         Raises:
             ValueError: it is of another stage or parent, damaged, or does not fit these parameters;
                 everything except the generators is checked before anything is changed.
         """
         files, progress = self._manifest(path)
-        contents = {part: _read(path / f"{part}.safetensors", files) for part in _PARTS}
+        parts = _PARTS if average is None else (*_PARTS, "average")
+        contents = {part: _read(path / f"{part}.safetensors", files) for part in parts}
         saved = contents["parameters"]
         _check_parameters(path, saved, parameters)
+        if average is not None:
+            average.check_state(contents["average"])
         optimizers.load_state_tensors(contents["optimizer"])
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])
-        _restore_random_state(contents["random"])
+        if average is not None:
+            average.load_state_tensors(contents["average"])
+        restore_random_state(contents["random"])
         return progress
 
     def _manifest(self, path: Path) -> tuple[dict[str, dict[str, Any]], Progress]:
@@ -226,14 +247,16 @@ def _check_parameters(
             )
 
 
-def _random_state() -> dict[str, Tensor]:
+def random_state() -> dict[str, Tensor]:
+    """The state of torch's generators: "cpu", and "cuda.<number>" once CUDA is in use."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():  # a run on the CPU leaves the GPUs of its machine alone
         state |= {f"cuda.{device}": tensor for device, tensor in enumerate(torch.cuda.get_rng_state_all())}
     return state
 
 
-def _restore_random_state(state: Mapping[str, Tensor]) -> None:
+def restore_random_state(state: Mapping[str, Tensor]) -> None:
+    """Set torch's generators to what `random_state` gave."""
     torch.set_rng_state(state["cpu"])
     devices = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
     saved = len(state) - 1

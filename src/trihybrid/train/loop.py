@@ -1,27 +1,28 @@
 """The training loop: batch, loss, gradient, clip, update, log, checkpoint; interrupted or not, the same to
 the bit.
 
-That holds because everything that a step depends on is either a function of its number (batch, learning rate)
-or in the checkpoint (parameters, optimizer state, torch's generators), on the same machine with the same
-number of threads, as long as the task's own kernels are deterministic.
+That holds because everything that a step depends on is either a function of its number (batch, learning rate,
+momentum) or in the checkpoint (parameters, optimizer state, average, torch's generators), on the same machine with
+the same number of threads and workers, as long as the task's own kernels are deterministic and no budget of seconds
+makes the clock decide.
 """
 
 import logging
-import math
-import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from trihybrid.run.log import RunLog, StepRecord
+from trihybrid.run.log import RunLog
+from trihybrid.train.average import Average
 from trihybrid.train.checkpoint import Checkpoints, Progress
+from trihybrid.train.distributed import ALONE, Workers
 from trihybrid.train.optim import Optimizers, build_optimizer
-from trihybrid.train.schedule import factor
 from trihybrid.train.section import TrainSection
-from trihybrid.train.task import Task
+from trihybrid.train.stage import Stage
+from trihybrid.train.task import FollowsProgress, SplitsBatches, Task
 
 _logger = logging.getLogger(__name__)
 
@@ -33,14 +34,16 @@ class FitSummary:
     Attributes:
         steps: steps done.
         loss: loss of the last step, before its update.
-        tokens: tokens trained on.
+        tokens: tokens trained on, by all workers.
         seconds: training time.
+        averaged: the task's parameters are now their average over the steps, not those of the last step.
     """
 
     steps: int
     loss: float
     tokens: int
     seconds: float
+    averaged: bool = False
 
 
 def fit(
@@ -48,163 +51,107 @@ def fit(
     batches: Callable[[int], Any],
     section: TrainSection,
     checkpoints: Checkpoints,
-    log: RunLog,
+    log: RunLog | None,
     resume: bool,
+    workers: Workers = ALONE,
 ) -> FitSummary:
     """Train to the end of the stage.
 
     Args:
         task: what is trained; its parameters are changed in place.
-        batches: step (from 0) -> batch; a pure function, so that a resumed run sees the same batches.
-        section: loop, optimizer and schedule.
+        batches: step (from 0) -> batch, or among several workers this worker's equal share of it; a pure function, so
+            that a resumed run sees the same batches.
+        section: loop, optimizer, schedule and average.
         checkpoints: where the state goes, every `checkpoint_every` steps and at the end.
-        log: gets a row a step.
+        log: gets a row a step from the first worker; None for no log, as on the others.
         resume: go on from the newest checkpoint, where there is one. False begins at step 0.
+        workers: the processes that train together; each calls this function.
 
     Returns:
-        The summary. A stage that was finished already is restored from its checkpoint and not trained again.
+        The summary. A stage that was finished already is restored from its checkpoint and not trained again. With
+        `section.average` the parameters end as their average; the last checkpoint keeps those of the last step too.
 
     Raises:
         ValueError: `resume` is False and there are checkpoints; a checkpoint does not fit; parameters or
-            roles are wrong; the loss is no differentiable scalar.
+            roles are wrong; the loss is no differentiable scalar; the batch does not divide into the parts asked for.
         FloatingPointError: loss, gradient or updated parameters are not finite; names the step and the
             parameters. The checkpoints made before stay.
     """
     loop = section.loop
+    _check_parts(task, section, workers)
     parameters = task.parameters()
-    optimizers = build_optimizer(parameters, task.roles(), section.optimizer)
-    progress = _begin(parameters, optimizers, checkpoints, loop.seed, resume)
+    optimizers = build_optimizer(parameters, task.roles(), section.optimizer, workers)
+    average = None if section.average is None else Average(parameters, section.average)
+    progress = _begin(parameters, optimizers, average, checkpoints, loop.seed, resume, workers)
     if progress.step > loop.steps:
         raise ValueError(
             f"steps: {loop.steps}, but the newest checkpoint has {progress.step} steps done; "
             "start a new run directory, or restore the recipe"
         )
-    log.resume(progress.step)
-    if progress.step > 0:
-        log.event("resume", {"from_step": progress.step})
-
-    while progress.step < loop.steps:
-        step, began = progress.step, time.perf_counter()
-        rate = factor(step, section.schedule, loop.steps)
-        optimizers.set_learning_rate(rate)
-        optimizers.zero_grad()
-        batch = batches(step)
-        loss, metrics = task.loss(batch)
-        _check_loss(loss, step)
-        loss.backward()
-        if step == 0:
-            _report_untouched(parameters)
-        norm = clip_gradients(parameters, section.optimizer.gradient_clip, step, loss.item())
-        optimizers.step()
-
-        tokens = task.tokens(batch)
-        numbers = {name: float(value) for name, value in metrics.items()}
-        seconds = time.perf_counter() - began
-        progress = Progress(step + 1, loss.item(), progress.tokens + tokens, progress.seconds + seconds)
-        log.step(
-            StepRecord(
-                step=step,
-                steps=loop.steps,
-                loss=progress.loss,
-                learning_rate=section.optimizer.learning_rate * rate,
-                gradient_norm=norm,
-                tokens=progress.tokens,
-                tokens_per_second=tokens / max(seconds, 1e-9),
-                seconds=progress.seconds,
-                metrics=numbers,
+    if not workers.first:
+        log = None
+    if log is not None:
+        log.resume(progress.step)
+        if progress.step > 0:
+            log.event("resume", {"from_step": progress.step})
+    if not progress.finished and progress.step < loop.steps:
+        stage = Stage(task, batches, section, parameters, optimizers, average, workers)
+        progress = stage.run(progress, checkpoints, log)
+    if isinstance(task, FollowsProgress):
+        task.at(1.0, progress.step)
+    averaged = average is not None and average.started
+    if average is not None:
+        if averaged:
+            average.apply()
+        else:
+            _logger.warning(
+                "average: the stage ended before it began; the parameters are those of the last step"
             )
+    return FitSummary(progress.step, progress.loss, progress.tokens, progress.seconds, averaged)
+
+
+def _check_parts(task: Task, section: TrainSection, workers: Workers) -> None:
+    loop = section.loop
+    if loop.accumulate > 1 and not isinstance(task, SplitsBatches):
+        raise ValueError(
+            f"loop.accumulate: {loop.accumulate}, but {type(task).__name__} cannot split a batch; give 1"
         )
-        if progress.step % loop.checkpoint_every == 0 or progress.step == loop.steps:
-            _check_parameters(parameters, step)
-            checkpoints.save(progress, parameters, optimizers)
-            checkpoints.prune(loop.keep)
-            saving = time.perf_counter() - began - seconds
-            progress = replace(progress, seconds=progress.seconds + saving)
-
-    return FitSummary(progress.step, progress.loss, progress.tokens, progress.seconds)
-
-
-def clip_gradients(
-    parameters: Mapping[str, nn.Parameter], limit: float | None, step: int, loss: float
-) -> float:
-    """Scale all gradients by min(1, limit / (norm + 1e-6)), norm being their global 2-norm, and return the
-    norm before that.
-
-    Args:
-        parameters: name -> parameter with its gradient; those without one are passed over.
-        limit: largest norm, or None to leave the gradients alone.
-        step, loss: of this step, for the error.
-
-    Raises:
-        FloatingPointError: the loss or the norm is not finite; names the step and the parameters to blame.
-    """
-    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-    total = torch.nn.utils.get_total_norm(gradients)
-    norm = total.item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        blamed = [
-            name
-            for name, parameter in parameters.items()
-            if parameter.grad is not None
-            and not math.isfinite(torch.linalg.vector_norm(parameter.grad).item())
-        ]
-        raise FloatingPointError(
-            f"step {step}: loss {loss}, gradient norm {norm}; "
-            f"gradients that are not finite: {_names(blamed)}; "
-            "lower the learning rate or look at this step's batch, and resume from the last checkpoint"
+    if loop.batch_size % (loop.accumulate * workers.count):
+        raise ValueError(
+            f"loop.batch_size: {loop.batch_size} does not divide into {loop.accumulate} parts for each of "
+            f"{workers.count} workers; give a multiple of {loop.accumulate * workers.count}"
         )
-    if limit is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters.values(), limit, total)
-    return norm
 
 
 def _begin(
     parameters: Mapping[str, nn.Parameter],
     optimizers: Optimizers,
+    average: Average | None,
     checkpoints: Checkpoints,
     seed: int,
     resume: bool,
+    workers: Workers,
 ) -> Progress:
     latest = checkpoints.latest()
     if latest is not None and not resume:
         raise ValueError(f"resume is off, but {latest} exists; resume, or start a new run directory")
-    checkpoints.clean()
+    progress = Progress()
     if latest is not None:
-        progress = checkpoints.load(latest, parameters, optimizers)
+        progress = checkpoints.load(latest, parameters, optimizers, average)
         _logger.info("resumed from %s: %d steps done", latest, progress.step)
-        return progress
-    if resume:
-        _logger.info("nothing to resume in %s: starting at step 0", checkpoints.folder)
-    torch.manual_seed(seed)
-    return Progress()
-
-
-def _check_loss(loss: Tensor, step: int) -> None:
-    if loss.numel() != 1 or not loss.requires_grad:
+    else:
+        if resume:
+            _logger.info("nothing to resume in %s: starting at step 0", checkpoints.folder)
+        torch.manual_seed(seed)
+    sizes = (len(parameters), sum(parameter.numel() for parameter in parameters.values()))
+    if workers.differ([progress.step, *sizes]):
         raise ValueError(
-            f"step {step}: the task's loss has shape {list(loss.shape)} and "
-            f"requires_grad={loss.requires_grad}; "
-            "return one number that depends on the trainable parameters"
+            f"workers: worker {workers.rank} has {progress.step} steps done, {sizes[0]} tensors and {sizes[1]} "
+            "parameters, another one differs; let all see the same run directory and recipe"
         )
-
-
-def _check_parameters(parameters: Mapping[str, nn.Parameter], step: int) -> None:
-    blamed = [name for name, parameter in parameters.items() if not torch.isfinite(parameter).all()]
-    if blamed:
-        raise FloatingPointError(
-            f"step {step}: the update left numbers that are not finite in {_names(blamed)}; "
-            "no checkpoint is written; "
-            "lower the learning rate, and resume from the last checkpoint"
-        )
-
-
-def _report_untouched(parameters: Mapping[str, nn.Parameter]) -> None:
-    untouched = [name for name, parameter in parameters.items() if parameter.grad is None]
-    if untouched:
-        _logger.warning("the loss does not depend on %s: they stay as they are", _names(untouched))
-
-
-def _names(names: Iterable[str]) -> str:
-    listed = list(names)
-    shown = ", ".join(listed[:8]) or "none"
-    return shown if len(listed) <= 8 else f"{shown} and {len(listed) - 8} more"
+    # Only now has every worker read what it resumes from.
+    if workers.first:
+        checkpoints.clean()
+    workers.broadcast([parameter.detach() for parameter in parameters.values()])
+    workers.share_generators()
+    return progress

@@ -2,7 +2,7 @@
 
 AdamW is decoupled (arXiv 1711.05101). Muon (Keller Jordan, 2024: momentum, then the nearest orthogonal matrix
 by Newton-Schulz) takes 2-D matrices, with its update scaled by 0.2 sqrt(max(rows, columns)) to AdamW's usual
-rms (arXiv 2502.16982), so that one learning rate serves both.
+rms (arXiv 2502.16982), so that one learning rate serves both; on request it has a scale and a rate of its own.
 """
 
 import logging
@@ -12,6 +12,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from trihybrid.train.distributed import ALONE, Workers
 from trihybrid.train.muon import Muon
 from trihybrid.train.section import OptimizerSection, Role
 
@@ -35,7 +36,7 @@ DEFAULT_MULTIPLIERS: dict[Role, tuple[float, float]] = {
 }
 """Role -> (learning rate multiplier, weight decay multiplier), where the recipe does not say otherwise."""
 
-_ON_CPU = "step"  # AdamW keeps its step counters on the CPU, wherever the parameter lives
+_COUNTER = "step"  # AdamW's; fused it lies beside the parameter, else on the CPU wherever the parameter lives
 
 
 class Optimizers:
@@ -79,6 +80,13 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
 
+    def set_momentum(self, momentum: float) -> None:
+        """Set Muon's momentum, in [0, 1); AdamW's moments keep their rates."""
+        for optimizer in self._optimizers:
+            if isinstance(optimizer, Muon):
+                for group in optimizer.param_groups:
+                    group["momentum"] = momentum
+
     def state_tensors(self) -> dict[str, Tensor]:
         """The whole state, "<parameter name>.<state key>" -> tensor (the live one, not a copy), step counters
         included; empty before the first step. Learning rates are no state: they follow from the step.
@@ -112,21 +120,24 @@ class Optimizers:
             optimizer = self._owner[parameter]
             optimizer.state.pop(parameter, None)
             if name in found:
+                fused = bool(optimizer.defaults.get("fused"))
                 optimizer.state[parameter] = {
-                    key: tensor.detach().clone().to("cpu" if key == _ON_CPU else parameter.device)
+                    key: tensor.detach()
+                    .clone()
+                    .to("cpu" if key == _COUNTER and not fused else parameter.device)
                     for key, tensor in found[name].items()
                 }
 
     def _check_state(self, name: str, state: Mapping[str, Tensor]) -> None:
         parameter = self._parameters[name]
-        keys = {"momentum_buffer"} if self.algorithm(name) == "muon" else {_ON_CPU, "exp_avg", "exp_avg_sq"}
+        keys = {"momentum_buffer"} if self.algorithm(name) == "muon" else {_COUNTER, "exp_avg", "exp_avg_sq"}
         if state.keys() != keys:
             raise ValueError(
                 f"optimizer state of {name!r}: wanted {self.algorithm(name)}'s {sorted(keys)}, "
                 f"found {sorted(state)}; load the state of the same optimizer"
             )
         for key, tensor in state.items():
-            if key == _ON_CPU:
+            if key == _COUNTER:
                 shape, dtype = torch.Size([]), tensor.dtype
             else:
                 shape, dtype = parameter.shape, parameter.dtype
@@ -138,7 +149,10 @@ class Optimizers:
 
 
 def build_optimizer(
-    parameters: Mapping[str, nn.Parameter], roles: Mapping[str, str], section: OptimizerSection
+    parameters: Mapping[str, nn.Parameter],
+    roles: Mapping[str, str],
+    section: OptimizerSection,
+    workers: Workers = ALONE,
 ) -> Optimizers:
     """Give each parameter the algorithm, learning rate and weight decay of its role.
 
@@ -146,6 +160,7 @@ def build_optimizer(
         parameters: name -> parameter, float32 or float64 (master weights), each parameter once, at least one.
         roles: name -> role, for exactly these names.
         section: algorithm and hyperparameters.
+        workers: those who train together, and share Muon's work.
 
     Raises:
         ValueError: names and roles do not match, a role is unknown, a parameter comes twice, does not require
@@ -163,7 +178,10 @@ def build_optimizer(
     groups: dict[str, list[dict[str, Any]]] = {}
     for (algorithm, role), group in members.items():
         rate_default, decay_default = DEFAULT_MULTIPLIERS[role]
-        peak = section.learning_rate * section.learning_rate_by_role.get(role, rate_default)
+        base = section.learning_rate
+        if algorithm == "muon" and section.muon.learning_rate is not None:
+            base = section.muon.learning_rate
+        peak = base * section.learning_rate_by_role.get(role, rate_default)
         decay = section.weight_decay * section.weight_decay_by_role.get(role, decay_default)
         groups.setdefault(algorithm, []).append(
             {"params": group, "lr": peak, "peak": peak, "weight_decay": decay, "role": role}
@@ -174,9 +192,25 @@ def build_optimizer(
         )
     optimizers: list[torch.optim.Optimizer] = []
     if "muon" in groups:
-        optimizers.append(Muon(groups["muon"]))
+        muon = section.muon
+        optimizers.append(
+            Muon(
+                groups["muon"],
+                momentum=muon.momentum,
+                steps=muon.steps,
+                coefficients=muon.coefficients,
+                scale=muon.scale,
+                normalise_rows=muon.normalise_rows,
+                compile=muon.compile,
+                workers=workers,
+            )
+        )
     if "adamw" in groups:
-        optimizers.append(torch.optim.AdamW(groups["adamw"], betas=section.betas, eps=section.epsilon))
+        # One kernel a group, with its counters on the GPU; off the GPU torch chooses.
+        fused = True if all(parameter.is_cuda for parameter in parameters.values()) else None
+        optimizers.append(
+            torch.optim.AdamW(groups["adamw"], betas=section.betas, eps=section.epsilon, fused=fused)
+        )
     return Optimizers(parameters, optimizers)
 
 

@@ -1,11 +1,11 @@
 """The task: all that a training loop needs to know of what it trains.
 
 The loop gets an opaque batch from a function of the step and hands it to the task, which knows the model, the
-data and the losses.
+data and the losses. What a task may do besides, it shows by having the method: `SplitsBatches`, `FollowsProgress`.
 """
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -31,4 +31,27 @@ class Task(Protocol):
 
     def tokens(self, batch: Any) -> int:
         """Tokens that the batch trains on, for the account of tokens and tokens a second."""
+        ...
+
+
+@runtime_checkable
+class SplitsBatches(Protocol):
+    """A task whose batches can be cut, for accumulation and for several workers."""
+
+    def split(self, batch: Any, parts: int) -> Sequence[Any]:
+        """Cut a batch into `parts` batches in order that count alike: the mean of their losses is the loss of the
+        whole, up to rounding. A batch that cannot be cut so is a ValueError.
+        """
+        ...
+
+
+@runtime_checkable
+class FollowsProgress(Protocol):
+    """A task that changes on the way, as one that begins to quantise late."""
+
+    def at(self, fraction: float, step: int) -> None:
+        """Called before each step, and once more when the stage is done: `fraction` in [0, 1] of the run's steps (of
+        its seconds, where those end it) and `step` steps are behind. What it does must be a pure function of
+        `fraction`, so that a resumed run finds the task as it was; it draws no random numbers.
+        """
         ...

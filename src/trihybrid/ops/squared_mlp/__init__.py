@@ -3,8 +3,8 @@
     h = x U^T     a = act(h)^2 with act(h) = max(h, slope h)     y = a W^T
 
 A compiler gives the activation kernels of their own, which read and write the widest tensors of the model: 3 + 3 model
-widths forwards and 9 backwards. On a GPU the first product writes h and a itself, and the product behind the gradient of
-h multiplies by act'(h)^2 as it writes.
+widths forwards and 9 backwards. On a GPU the first product writes h and a itself, and the product behind the gradient
+of h multiplies by the derivative as it writes.
 
 Legend: N tokens, D model width, I inner width.
 """
