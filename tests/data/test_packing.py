@@ -148,6 +148,29 @@ def test_a_batch_moves_to_a_device(shards: TokenShards) -> None:
     assert moved.tokens_BT.device.type == moved.positions_BT.device.type == "meta"
 
 
+def test_parts_of_a_batch_are_its_rows(shards: TokenShards) -> None:
+    batch = PackedBatches(shards, 5, 6, 0).batch(3)
+    for parts in (1, 2, 3, 6):
+        made = batch.split(parts)
+        assert len(made) == parts
+        assert torch.equal(torch.cat([part.tokens_BT for part in made]), batch.tokens_BT)
+        assert torch.equal(torch.cat([part.positions_BT for part in made]), batch.positions_BT)
+    for parts in (0, -1, 4, 7):
+        with pytest.raises(
+            ValueError, match=f"parts is {parts}, must be at least 1 and divide the batch of 6"
+        ):
+            batch.split(parts)
+
+
+def test_next_tokens_ignore_no_border(shards: TokenShards) -> None:
+    batch = PackedBatches(shards, 20, 5, 0).batch(0)
+    assert torch.equal(batch.next_tokens[:, :-1], batch.inputs[:, 1:])
+    assert (batch.next_tokens == BOS).any()
+    borders = batch.targets == -100
+    assert torch.equal(batch.next_tokens == BOS, borders)
+    assert torch.equal(batch.next_tokens[~borders], batch.targets[~borders])
+
+
 def test_bad_arguments_are_refused(shards: TokenShards) -> None:
     with pytest.raises(
         ValueError, match="200 tokens give 9 windows of sequence_length 20, fewer than batch_size 10"

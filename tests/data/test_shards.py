@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trihybrid.data.shards import TokenShards, write_shards
+from trihybrid.data import shards as module
+from trihybrid.data.shards import TokenShards, write_shards, write_stream
 
 
 def write(folder: Path, documents: list[list[int]], vocab_size: int = 260, per_shard: int = 7) -> TokenShards:
@@ -168,3 +169,62 @@ def test_bad_sizes_are_refused(tmp_path: Path) -> None:
         write(tmp_path, [[1]], vocab_size=2)
     with pytest.raises(ValueError, match="tokens_per_shard is 0"):
         write(tmp_path, [[5]], per_shard=0)
+
+
+@settings(deadline=None, max_examples=20, derandomize=True)
+@given(
+    documents=st.lists(st.lists(st.integers(3, 259), min_size=1, max_size=20), min_size=1, max_size=10),
+    per_shard=st.integers(1, 40),
+    block=st.integers(1, 30),
+    data=st.data(),
+)
+def test_rows_and_documents_of_the_stream(
+    tmp_path_factory: pytest.TempPathFactory,
+    documents: list[list[int]],
+    per_shard: int,
+    block: int,
+    data: st.DataObject,
+) -> None:
+    shards = write(tmp_path_factory.mktemp("shards"), documents, per_shard=per_shard)
+    length = data.draw(st.integers(1, len(shards)))
+    starts = np.array(data.draw(st.lists(st.integers(0, len(shards) - length), max_size=5)), dtype=np.int64)
+    rows = shards.rows(starts, length)
+    assert rows.shape == (starts.size, length)
+    for row, start in zip(rows, starts.tolist(), strict=True):
+        assert row.tolist() == shards.tokens(start, start + length).tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK", block)
+        assert [document.tolist() for document in shards.documents()] == [[2, *ids] for ids in documents]
+
+
+@pytest.mark.parametrize(("starts", "length"), [([-1], 2), ([2], 2), ([0], 4), ([0], 0)])
+def test_rows_outside_the_stream_are_refused(tmp_path: Path, starts: list[int], length: int) -> None:
+    with pytest.raises(ValueError, match="leave the stream of 3 tokens"):
+        write(tmp_path, [[5, 6]]).rows(np.array(starts), length)
+
+
+def test_a_stream_is_written_as_it_is(tmp_path: Path) -> None:
+    arrays = iter([np.array([7, 2, 2]), np.array([], dtype=np.int64), np.array([9], dtype=np.uint16)])
+    counted = []
+    shards = write_stream(
+        tmp_path, arrays, 260, 2, text_bytes=lambda: len(counted) + 5, tokenizer_hash="t", tokens_per_shard=2
+    )
+    assert shards.tokens(0, 4).tolist() == [7, 2, 2, 9]
+    assert (shards.manifest.documents, shards.text_bytes) == (2, 5)
+    assert [document.tolist() for document in shards.documents()] == [[2], [2, 9]]
+
+
+@pytest.mark.parametrize(
+    ("stream", "message"),
+    [
+        ([3, 4], r"2 tokens, 0 of them BOS \(2\)"),
+        ([2], "1 tokens, 1 of them BOS"),
+        ([2, 260], "ids 2 to 260, allowed 0 to 259"),
+        ([2, -1], "ids -1 to 2"),
+    ],
+)
+def test_a_bad_stream_is_refused(tmp_path: Path, stream: list[int], message: str) -> None:
+    write(tmp_path, [[5]])
+    with pytest.raises(ValueError, match=message):
+        write_stream(tmp_path, [np.array(stream)], 260, 2, text_bytes=lambda: 0, tokenizer_hash="")
+    assert not (tmp_path / "manifest.json").exists()

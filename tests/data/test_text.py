@@ -1,13 +1,22 @@
 """Reading documents: what is read, and every way in which a source can be wrong."""
 
+import gzip
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trihybrid.data.text import deduplicate, read_documents, split_documents
+from trihybrid.data.text import (
+    assign_documents,
+    deduplicate,
+    read_documents,
+    split_documents,
+    stream_documents,
+)
 
 
 def test_a_folder_is_read_recursively_in_sorted_order(tmp_path: Path) -> None:
@@ -40,6 +49,48 @@ def test_a_bad_file_is_named_in_one_line(tmp_path: Path, name: str, content: byt
     with pytest.raises(ValueError, match=message) as caught:
         read_documents(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".xz", lzma.compress), (".gz", gzip.compress)])
+def test_compressed_files_read_as_plain_ones(
+    tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]
+) -> None:
+    lines = '\ufeff{"text": "one \u2028"}\n\n{"text": "two"}'.encode()
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(lines))
+    (tmp_path / f"b.txt{suffix}").write_bytes(compress(b"three\r\nfour"))
+    (tmp_path / f"c.md{suffix}").write_bytes(compress(b"not read"))
+    assert read_documents(tmp_path) == ["one \u2028", "two", "three\r\nfour"]
+    content = compress(lines * 100)
+    for damaged in (content[: len(content) // 2], b"plain text"):
+        (tmp_path / f"bad.jsonl{suffix}").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"bad\.jsonl\.(xz|gz) is damaged or not what its name says"):
+            read_documents(tmp_path / f"bad.jsonl{suffix}")
+
+
+def test_documents_come_one_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text"')
+    documents = stream_documents(tmp_path / "a.jsonl")
+    assert [next(documents), next(documents)] == ["one", "two"]
+    with pytest.raises(ValueError, match=r"a\.jsonl:3 is not JSON"):
+        next(documents)
+    with pytest.raises(ValueError, match="does not exist"):
+        stream_documents(tmp_path / "nothing")  # before the first is asked for
+
+
+def test_the_offset_of_a_bad_byte_counts_from_the_head_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\xff"}')
+    with pytest.raises(ValueError, match="byte 0xff at offset 26"):
+        read_documents(tmp_path / "a.jsonl")
+
+
+def test_sides_are_those_of_the_split() -> None:
+    documents = ["a", "b", "a", "c", "d", "b", "e"]
+    sides = assign_documents(iter(documents), 0.4, seed=3)
+    assert [side for side, document in zip(sides, documents, strict=True)][2] == sides[5] == 0
+    train, validation = split_documents(documents, 0.4, seed=3)
+    assert [document for side, document in zip(sides, documents, strict=True) if side == 1] == train
+    assert [document for side, document in zip(sides, documents, strict=True) if side == 2] == validation
+    assert len(validation) == 2
 
 
 def test_a_missing_path_and_an_empty_folder(tmp_path: Path) -> None:

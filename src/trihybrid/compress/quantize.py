@@ -118,7 +118,7 @@ def _quantise(
         bits = stored_bits(parameter.shape, roles[name], section)
         if bits == FLOAT16_BITS:
             continue
-        widths[name], scales[name] = bits, _scales(parameter, bits, clip, moments.get(name))
+        widths[name], scales[name] = bits, _scales(parameter, bits, clip, section.step_floor, moments.get(name))
         if name in moments:
             groups.setdefault((parameter.shape, bits), []).append(name)
         else:
@@ -140,10 +140,11 @@ def _quantise(
     ]
 
 
-def _scales(parameter: Tensor, bits: int, clip: Clip, moment_CC: Tensor | None) -> Tensor:
+def _scales(parameter: Tensor, bits: int, clip: Clip, floor: float, moment_CC: Tensor | None) -> Tensor:
     if isinstance(clip, str):
-        return searched_scales(parameter, bits, None if moment_CC is None else moment_CC.diagonal())
-    return storable_scales(row_scales(parameter, bits, clip))
+        importance_C = None if moment_CC is None else moment_CC.diagonal()
+        return storable_scales(searched_scales(parameter, bits, importance_C).clamp(min=floor))
+    return storable_scales(row_scales(parameter, bits, clip, floor))
 
 
 def _plain(name: str, values: Tensor) -> Tensor:

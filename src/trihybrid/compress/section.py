@@ -31,6 +31,12 @@ class CompressSection(BaseModel):
         "k times the row's root mean square (12.85 is usual; larger costs fewer bytes), search is the share of the "
         "largest magnitude with the least squared error",
     )
+    step_floor: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="least step between two stored values; 1/31 is what the published seed and most records round to",
+    )
     gptq: bool = Field(
         default=True,
         description="let later columns make up for the rounding error of earlier ones, on calibration tokens",

@@ -3,30 +3,51 @@
 This room knows nothing of models.
 """
 
+from .byte_table import ByteTable, byte_lengths, check_table
+from .challenge import challenge_files, export_challenge, import_challenge, read_challenge_file
+from .corpus import Corpus, CorpusSection, prepare_corpus
 from .packing import Batch, PackedBatches, sequential
+from .prefetch import Prefetch
 from .probes import RecallDocument, RecallSet, encode_probe, mix_documents, recall_documents
 from .section import DataSection, PreparedData, RecallSection, prepare
-from .shards import TokenShards, write_shards
-from .text import deduplicate, read_documents, split_documents
-from .tokens import Tokenizer
+from .sentencepiece import SentencePieceTokenizer, open_tokenizer
+from .shards import TokenShards, write_shards, write_stream
+from .text import deduplicate, read_documents, split_documents, stream_documents
+from .tokens import TextTokenizer, Tokenizer
 
 __all__ = [
     "Batch",
+    "ByteTable",
+    "Corpus",
+    "CorpusSection",
     "DataSection",
     "PackedBatches",
+    "Prefetch",
     "PreparedData",
     "RecallDocument",
     "RecallSection",
     "RecallSet",
+    "SentencePieceTokenizer",
+    "TextTokenizer",
     "TokenShards",
     "Tokenizer",
+    "byte_lengths",
+    "challenge_files",
+    "check_table",
     "deduplicate",
     "encode_probe",
+    "export_challenge",
+    "import_challenge",
     "mix_documents",
+    "open_tokenizer",
     "prepare",
+    "prepare_corpus",
+    "read_challenge_file",
     "read_documents",
     "recall_documents",
     "sequential",
     "split_documents",
+    "stream_documents",
     "write_shards",
+    "write_stream",
 ]

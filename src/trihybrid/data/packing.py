@@ -43,13 +43,42 @@ class Batch:
         return self.tokens_BT[:, 1:].masked_fill(self.positions_BT[:, 1:] == 0, IGNORED)
 
     @property
+    def next_tokens(self) -> Tensor:
+        """int64 [B, T]: the next token of each input, the BOS of the following document included."""
+        return self.tokens_BT[:, 1:]
+
+    @property
     def positions(self) -> Tensor:
         """int64 [B, T]: restarting positions of the inputs."""
         return self.positions_BT[:, :-1]
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device."""
-        return Batch(self.tokens_BT.to(device), self.positions_BT.to(device))
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same batch on another device; `non_blocking` as for torch's `to`."""
+        return Batch(
+            self.tokens_BT.to(device, non_blocking=non_blocking),
+            self.positions_BT.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, from which a GPU copies on its own; needs CUDA."""
+        return Batch(self.tokens_BT.pin_memory(), self.positions_BT.pin_memory())
+
+    def split(self, parts: int) -> list["Batch"]:
+        """The rows in `parts` equal parts, in their order; the parts are views.
+
+        Raises:
+            ValueError: for fewer than one part, or rows that `parts` does not divide.
+        """
+        rows = self.tokens_BT.shape[0]
+        if parts < 1 or rows % parts:
+            raise ValueError(f"parts is {parts}, must be at least 1 and divide the batch of {rows} rows")
+        size = rows // parts
+        return [
+            Batch(tokens_BT, positions_BT)
+            for tokens_BT, positions_BT in zip(
+                self.tokens_BT.split(size), self.positions_BT.split(size), strict=True
+            )
+        ]
 
 
 class PackedBatches:
@@ -97,10 +126,7 @@ class PackedBatches:
 
     def windows_of(self, step: int) -> list[int]:
         """Numbers of the windows in the global batch of this step, in the order of its rows."""
-        if step < 0:
-            raise ValueError(f"step is {step}, must be at least 0")
-        rows = range(step * self._batch_size, (step + 1) * self._batch_size)
-        return [int(self._permutation(row // self._windows)[row % self._windows]) for row in rows]
+        return self._windows_of(step).tolist()
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The batch of a step, counted from 0: all of it, or its rows rank, rank + world, ...
@@ -115,9 +141,20 @@ class PackedBatches:
                 "and a batch_size that world divides"
             )
         length = self._sequence_length
-        windows = self.windows_of(step)[rank::world]
-        rows = [self._shards.tokens(window * length, (window + 1) * length + 1) for window in windows]
-        return _as_batch(np.stack(rows).astype(np.int64), self._shards.bos_id)
+        windows = self._windows_of(step)[rank::world]
+        return _as_batch(self._shards.rows(windows * length, length + 1), self._shards.bos_id)
+
+    def _windows_of(self, step: int) -> np.ndarray:
+        """int64 [batch_size]: as `windows_of`."""
+        if step < 0:
+            raise ValueError(f"step is {step}, must be at least 0")
+        row, end = step * self._batch_size, (step + 1) * self._batch_size
+        parts = []
+        while row < end:
+            epoch, place = divmod(row, self._windows)
+            parts.append(self._permutation(epoch)[place : place + end - row])
+            row += parts[-1].size
+        return np.concatenate(parts)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         """Order of the windows in one epoch, int64 [windows].
@@ -166,10 +203,18 @@ def sequential(
 
 
 def _as_batch(tokens_BT: np.ndarray, bos_id: int) -> Batch:
-    """Add restarting positions to int64 rows."""
-    place_T = np.arange(tokens_BT.shape[1])
-    head_BT = np.maximum.accumulate(np.where(tokens_BT == bos_id, place_T, 0), axis=1)
-    return Batch(torch.from_numpy(tokens_BT), torch.from_numpy(place_T - head_BT))
+    """Widen rows to int64 and add restarting positions."""
+    rows, columns = tokens_BT.shape
+    wide_BT, positions_BT = np.empty((2, rows, columns), dtype=np.int64)
+    wide_BT[:] = tokens_BT
+    positions_BT[:] = np.arange(columns)
+    # Documents are long: to count again behind each BOS costs far less than a running maximum over the rows.
+    flat_N = positions_BT.reshape(-1)
+    border_N = np.flatnonzero(tokens_BT == bos_id)
+    end_N = np.minimum(np.append(border_N[1:], flat_N.size), (border_N // columns + 1) * columns)
+    for border, end in zip(border_N.tolist(), end_N.tolist(), strict=True):
+        flat_N[border:end] -= flat_N[border]
+    return Batch(torch.from_numpy(wide_BT), torch.from_numpy(positions_BT))
 
 
 def _check_sizes(sequence_length: int, batch_size: int) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tokens import Tokenizer
+from .tokens import TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def recall_documents(
     return documents
 
 
-def encode_probe(documents: Sequence[RecallDocument], tokenizer: Tokenizer, length: int) -> RecallSet:
+def encode_probe(documents: Sequence[RecallDocument], tokenizer: TextTokenizer, length: int) -> RecallSet:
     """Encode documents into rows of `length` tokens, BOS included.
 
     Raises:

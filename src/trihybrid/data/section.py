@@ -10,9 +10,10 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .probes import RecallDocument, RecallSet, encode_probe, mix_documents, recall_documents
+from .sentencepiece import open_tokenizer
 from .shards import MANIFEST, TokenShards, write_shards
 from .text import read_documents, split_documents
-from .tokens import Tokenizer
+from .tokens import TextTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +54,14 @@ class DataSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     source: str = Field(
-        default="builtin", min_length=1, description='"builtin", a .txt or .jsonl file, or a folder of those'
+        default="builtin",
+        min_length=1,
+        description='"builtin", a .txt or .jsonl file (also .xz, .gz), or a folder of those',
     )
     tokenizer: str = Field(
-        default="bytes", min_length=1, description='"bytes", a tokenizer.json or the folder that holds it'
+        default="bytes",
+        min_length=1,
+        description='"bytes", a tokenizer.json, a SentencePiece .model, or a folder that holds one',
     )
     validation_fraction: float = Field(
         default=0.05, gt=0, lt=1, description="share of the documents kept for validation"
@@ -78,20 +83,20 @@ class PreparedData:
     recall: probes for evaluation, never seen in training, in rows as long as the longest.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     train: TokenShards
     validation: TokenShards
     validation_documents: list[str]
     recall: RecallSet
 
 
-def load_tokenizer(section: DataSection) -> Tokenizer:
+def load_tokenizer(section: DataSection) -> TextTokenizer:
     """The section's tokenizer.
 
     Raises:
-        ValueError: see `Tokenizer.from_file`.
+        ValueError: see `open_tokenizer`.
     """
-    return Tokenizer.bytes() if section.tokenizer == "bytes" else Tokenizer.from_file(section.tokenizer)
+    return open_tokenizer(section.tokenizer)
 
 
 def prepare(section: DataSection, folder: str | Path, replace: bool = True) -> PreparedData:
@@ -135,13 +140,13 @@ def _draw(section: DataSection, count: int, evaluation: bool) -> list[RecallDocu
     )
 
 
-def _encode_evaluation(section: DataSection, tokenizer: Tokenizer) -> RecallSet:
+def _encode_evaluation(section: DataSection, tokenizer: TextTokenizer) -> RecallSet:
     documents = _draw(section, section.recall.evaluation_documents, evaluation=True)
     longest = max(len(tokenizer.encode(document.text)) for document in documents)
     return encode_probe(documents, tokenizer, longest + 1)
 
 
-def _with_recall(section: DataSection, tokenizer: Tokenizer, texts: list[str]) -> list[str]:
+def _with_recall(section: DataSection, tokenizer: TextTokenizer, texts: list[str]) -> list[str]:
     """The texts with recall documents mixed in, up to the section's fraction of all tokens."""
     fraction = section.recall.fraction
     if fraction == 0:
@@ -153,7 +158,7 @@ def _with_recall(section: DataSection, tokenizer: Tokenizer, texts: list[str]) -
     return mix_documents(texts, _draw(section, count, evaluation=False), section.seed)
 
 
-def _hash_input(tokenizer: Tokenizer, settings: dict[str, object], texts: list[str]) -> str:
+def _hash_input(tokenizer: TextTokenizer, settings: dict[str, object], texts: list[str]) -> str:
     """sha256 (hex) of all that decides the content of the shards."""
     digest = hashlib.sha256(json.dumps([tokenizer.hash, settings], sort_keys=True).encode())
     for text in texts:
@@ -177,7 +182,7 @@ def _existing(folder: Path, source_hash: str, replace: bool) -> TokenShards | No
     return None
 
 
-def _write(folder: Path, texts: list[str], tokenizer: Tokenizer, source_hash: str) -> TokenShards:
+def _write(folder: Path, texts: list[str], tokenizer: TextTokenizer, source_hash: str) -> TokenShards:
     return write_shards(
         folder,
         (tokenizer.encode(text) for text in texts),

@@ -8,7 +8,7 @@ without it was never finished.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -20,6 +20,7 @@ FORMAT: Final = 1
 MANIFEST = "manifest.json"
 STORED: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 CURE = "delete the folder and prepare the data again"
+BLOCK = 2**20  # tokens that `documents` holds at once, beside the longest document
 
 
 class ShardEntry(BaseModel):
@@ -74,33 +75,67 @@ def write_shards(
         ValueError: for no documents, an empty one, an id out of range or a BOS inside a document, or sizes
             out of range. The folder then has no manifest.
     """
-    if not 1 <= vocab_size <= 2**32 or not 0 <= bos_id < vocab_size:
-        raise ValueError(
-            f"vocab_size is {vocab_size} and bos_id {bos_id}: needs 0 <= bos_id < vocab_size <= 2**32"
-        )
+    _check_ids(vocab_size, bos_id)
+    arrays = (
+        document_array(document, number, vocab_size, bos_id)
+        for number, document in enumerate(documents_tokens)
+    )
+    return write_stream(
+        folder,
+        arrays,
+        vocab_size,
+        bos_id,
+        text_bytes=lambda: text_bytes,
+        tokenizer_hash=tokenizer_hash,
+        source_hash=source_hash,
+        tokens_per_shard=tokens_per_shard,
+    )
+
+
+def write_stream(
+    folder: str | Path,
+    arrays: Iterable[np.ndarray],
+    vocab_size: int,
+    bos_id: int,
+    *,
+    text_bytes: Callable[[], int],
+    tokenizer_hash: str,
+    source_hash: str = "",
+    tokens_per_shard: int = 2**24,
+) -> "TokenShards":
+    """Write a stream that holds its BOS already, token by token as it is given.
+
+    Args:
+        folder: made if missing; shards of an earlier writing are replaced.
+        arrays: integers [any length]; their concatenation is the stream. Consumed one at a time.
+        vocab_size, bos_id, tokenizer_hash, source_hash, tokens_per_shard: as for `write_shards`.
+        text_bytes: asked when the arrays are used up: UTF-8 bytes of all documents together.
+
+    Raises:
+        ValueError: for a stream of fewer than two tokens or without BOS, an id out of range, or sizes out of
+            range. The folder then has no manifest.
+    """
+    _check_ids(vocab_size, bos_id)
     if tokens_per_shard < 1:
         raise ValueError(f"tokens_per_shard is {tokens_per_shard}, must be at least 1")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     dtype: Literal["uint16", "uint32"] = "uint16" if vocab_size <= 2**16 else "uint32"
-    count = 0
-
-    def arrays() -> Iterator[np.ndarray]:
-        nonlocal count
-        for document in documents_tokens:
-            yield _document_array(document, count, vocab_size, bos_id).astype(STORED[dtype])
-            count += 1
-
-    entries = []
-    for number, piece in enumerate(_pieces(arrays(), tokens_per_shard)):
+    checked = (_check_range(array, vocab_size).astype(STORED[dtype], copy=False) for array in arrays)
+    entries, documents = [], 0
+    for number, piece in enumerate(_pieces(checked, tokens_per_shard)):
         content = piece.tobytes()
         name = f"{number:05d}.bin"
-        _write_atomically(folder / name, content)
+        write_atomically(folder / name, content)
         digest = hashlib.sha256(content).hexdigest()
         entries.append(ShardEntry(file=name, tokens=piece.size, bytes=len(content), sha256=digest))
-    if not entries:
-        raise ValueError(f"no documents to write into {folder}")
+        documents += int(np.count_nonzero(piece == bos_id))
+    tokens = sum(entry.tokens for entry in entries)
+    if not documents or tokens < 2:
+        raise ValueError(
+            f"no documents to write into {folder}: the stream has {tokens} tokens, {documents} of them BOS ({bos_id})"
+        )
     manifest = Manifest(
         format=FORMAT,
         dtype=dtype,
@@ -108,12 +143,12 @@ def write_shards(
         bos_id=bos_id,
         tokenizer_hash=tokenizer_hash,
         source_hash=source_hash,
-        text_bytes=text_bytes,
-        documents=count,
-        tokens=sum(entry.tokens for entry in entries),
+        text_bytes=text_bytes(),
+        documents=documents,
+        tokens=tokens,
         shards=entries,
     )
-    _write_atomically(folder / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
+    write_atomically(folder / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
     for stale in set(folder.glob("*.bin")) - {folder / entry.file for entry in entries}:
         stale.unlink()
     return TokenShards(folder, verify=False)
@@ -147,7 +182,8 @@ class TokenShards:
                     digest = hashlib.file_digest(stream, "sha256").hexdigest()
                 if digest != entry.sha256:
                     raise ValueError(f"{file}: expected sha256 {entry.sha256}, found {digest}; {CURE}")
-            self._maps.append(np.memmap(file, dtype=dtype, mode="r"))
+            # A plain view: slicing a memmap object costs several times as much.
+            self._maps.append(np.memmap(file, dtype=dtype, mode="r").view(np.ndarray))
         self._borders = np.cumsum([0] + [entry.tokens for entry in self.manifest.shards])
 
     def __len__(self) -> int:
@@ -190,8 +226,56 @@ class TokenShards:
                 output[first - start : last - start] = part[first - low : last - low]
         return output
 
+    def rows(self, starts_N: np.ndarray, length: int) -> np.ndarray:
+        """Copy of `length` tokens from each start, [N, length], uint16 or uint32.
 
-def _document_array(document: Sequence[int], number: int, vocab_size: int, bos_id: int) -> np.ndarray:
+        Raises:
+            ValueError: unless length >= 1 and every row lies inside the stream.
+        """
+        if length < 1 or (starts_N.size and (starts_N.min() < 0 or starts_N.max() + length > len(self))):
+            raise ValueError(f"rows of {length} tokens leave the stream of {len(self)} tokens")
+        output_NT = np.empty((starts_N.size, length), dtype=STORED[self.manifest.dtype])
+        number_N = np.searchsorted(self._borders, starts_N, side="right") - 1
+        local_N = starts_N - self._borders[number_N]
+        for row_T, number, local in zip(output_NT, number_N.tolist(), local_N.tolist(), strict=True):
+            inside = self._maps[number][local : local + length]
+            if inside.size < length:  # the row goes on in the next file
+                start = int(self._borders[number]) + local
+                inside = self.tokens(start, start + length)
+            row_T[:] = inside
+        return output_NT
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """Each document in its order, [1 + tokens] with its BOS, uint16 or uint32; what an imported stream has
+        before its first BOS is the end of a document that it lacks, and is left out."""
+        pending: list[np.ndarray] = []
+        for start in range(0, len(self), BLOCK):
+            block = self.tokens(start, min(start + BLOCK, len(self)))
+            pieces = np.split(block, np.flatnonzero(block == self.bos_id))
+            if pending:
+                pending.append(pieces[0])
+            for piece in pieces[1:]:
+                if pending:
+                    yield np.concatenate(pending)
+                pending = [piece]
+        if pending:
+            yield np.concatenate(pending)
+
+
+def _check_ids(vocab_size: int, bos_id: int) -> None:
+    if not 1 <= vocab_size <= 2**32 or not 0 <= bos_id < vocab_size:
+        raise ValueError(
+            f"vocab_size is {vocab_size} and bos_id {bos_id}: needs 0 <= bos_id < vocab_size <= 2**32"
+        )
+
+
+def _check_range(array: np.ndarray, vocab_size: int) -> np.ndarray:
+    if array.size and (array.min() < 0 or array.max() >= vocab_size):
+        raise ValueError(f"the stream has ids {array.min()} to {array.max()}, allowed 0 to {vocab_size - 1}")
+    return array
+
+
+def document_array(document: Sequence[int], number: int, vocab_size: int, bos_id: int) -> np.ndarray:
     """int64 [1 + tokens]: BOS and the checked ids."""
     array = np.asarray(document, dtype=np.int64)
     if array.size == 0:
@@ -220,7 +304,8 @@ def _pieces(arrays: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
         yield np.concatenate(pending)
 
 
-def _write_atomically(file: Path, content: bytes) -> None:
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write a file under another name and put it in its place, so that it is whole or not there."""
     temporary = file.with_name(file.name + ".tmp")
     with temporary.open("wb") as stream:
         stream.write(content)

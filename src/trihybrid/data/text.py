@@ -4,15 +4,23 @@ A document is one `str` that holds something besides whitespace and encodes to U
 as it is (line ends too; only a leading byte-order mark goes), so that raw bytes can be counted exactly.
 """
 
+import gzip
+import hashlib
 import json
-from collections.abc import Iterable
+import lzma
+import zlib
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 
 from .builtin import python_documentation
 
 SUFFIXES = (".jsonl", ".txt")
+COMPRESSIONS = (".gz", ".xz")
+KINDS = "a .txt or .jsonl file (or one of these with .xz or .gz)"
+REPEATED, TRAINING, VALIDATION = 0, 1, 2
 
 
 def read_documents(source: str | Path) -> list[str]:
@@ -20,30 +28,47 @@ def read_documents(source: str | Path) -> list[str]:
 
     Args:
         source: "builtin" (the documentation that Python carries), a .txt file (one document), a .jsonl file
-            (one JSON object with a string "text" a line; blank lines are skipped), or a folder of those,
-            searched recursively in sorted order.
+            (one JSON object with a string "text" a line; blank lines are skipped), one of these compressed
+            (.xz or .gz behind the name), or a folder of those, searched recursively in sorted order.
 
     Raises:
-        ValueError: in one line, for a missing path, another kind of file, no text, an empty document, bytes
-            that are not UTF-8, a line that is not a JSON object, or one without "text".
+        ValueError: in one line, for a missing path, another kind of file, a damaged one, no text, an empty
+            document, bytes that are not UTF-8, a line that is not a JSON object, or one without "text".
+    """
+    return list(stream_documents(source))
+
+
+def stream_documents(source: str | Path, without: Collection[Path] = ()) -> Iterator[str]:
+    """As `read_documents`, but one document at a time: memory holds the longest line or .txt file only.
+
+    Args:
+        source: as for `read_documents`.
+        without: resolved paths of files to leave out.
+
+    Raises:
+        ValueError: at once for a missing path or another kind of file, and else as `read_documents` when the
+            reading comes to it.
     """
     if source == "builtin":
-        return python_documentation()
+        return iter(python_documentation())
+    return _stream(source, document_files(source, without))
+
+
+def document_files(source: str | Path, without: Collection[Path] = ()) -> list[Path]:
+    """The files that `stream_documents` reads, in its order; none for an empty folder.
+
+    Raises:
+        ValueError: for a missing path or another kind of file.
+    """
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-    elif not path.exists():
-        raise ValueError(
-            f'source {path} does not exist: give "builtin", a .txt or .jsonl file, or a folder of them'
-        )
-    elif path.suffix in SUFFIXES:
-        files = [path]
-    else:
-        raise ValueError(f"source {path} is neither a folder nor a .txt or .jsonl file: rename or convert it")
-    documents = [document for file in files for document in _read_file(file)]
-    if not documents:
-        raise ValueError(f"source {path} holds no text: it needs at least one non-empty .txt or .jsonl file")
-    return documents
+        files = sorted(file for file in path.rglob("*") if _suffix(file) in SUFFIXES and file.is_file())
+        return [file for file in files if file.resolve() not in without]
+    if not path.exists():
+        raise ValueError(f'source {path} does not exist: give "builtin", {KINDS}, or a folder of them')
+    if _suffix(path) not in SUFFIXES:
+        raise ValueError(f"source {path} is neither a folder nor {KINDS}: rename or convert it")
+    return [] if path.resolve() in without else [path]
 
 
 def deduplicate(documents: Iterable[str]) -> list[str]:
@@ -68,39 +93,100 @@ def split_documents(
     Raises:
         ValueError: if the fraction is out of range, or fewer than two distinct documents are there.
     """
+    documents = list(documents)
+    sides = assign_documents(documents, validation_fraction, seed)
+    train = [document for document, side in zip(documents, sides, strict=True) if side == TRAINING]
+    return train, [document for document, side in zip(documents, sides, strict=True) if side == VALIDATION]
+
+
+def assign_documents(documents: Iterable[str], validation_fraction: float, seed: int) -> np.ndarray:
+    """The side of each document, as `split_documents` divides them, without holding their text.
+
+    Args:
+        documents, validation_fraction, seed: as for `split_documents`; the documents are consumed one at a
+            time, and 16 bytes of hash are held of each.
+
+    Returns:
+        uint8 [documents]: 0 (equal to an earlier one), 1 (training) or 2 (validation).
+
+    Raises:
+        ValueError: if the fraction is out of range, or fewer than two distinct documents are there.
+    """
     if not 0 < validation_fraction < 1:
         raise ValueError(
             f"validation_fraction is {validation_fraction}, must lie between 0 and 1, both excluded"
         )
-    distinct = deduplicate(documents)
-    if len(distinct) < 2:
+    digests = bytearray()
+    for document in documents:
+        digests += hashlib.blake2b(document.encode(), digest_size=16).digest()
+    _, first = np.unique(np.frombuffer(digests, dtype="S16"), return_index=True)
+    first.sort()
+    if first.size < 2:
         raise ValueError(
-            f"the source holds {len(distinct)} distinct document(s), validation needs at least 2: "
+            f"the source holds {first.size} distinct document(s), validation needs at least 2: "
             "give a folder of several .txt files or a .jsonl file of several lines"
         )
-    count = min(max(1, round(validation_fraction * len(distinct))), len(distinct) - 1)
-    order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(distinct))
-    chosen = set(order[:count].tolist())
-    train = [document for number, document in enumerate(distinct) if number not in chosen]
-    return train, [distinct[number] for number in sorted(chosen)]
+    count = min(max(1, round(validation_fraction * first.size)), first.size - 1)
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(first.size)
+    sides = np.full(len(digests) // 16, REPEATED, dtype=np.uint8)
+    sides[first] = TRAINING
+    sides[first[order[:count]]] = VALIDATION
+    return sides
 
 
-def _read_file(file: Path) -> list[str]:
-    content = file.read_bytes()
+def _suffix(file: Path) -> str:
+    """ ".txt", ".jsonl" or another, without the compression's."""
+    return Path(file.stem).suffix if file.suffix in COMPRESSIONS else file.suffix
+
+
+def _stream(source: str | Path, files: list[Path]) -> Iterator[str]:
+    empty = True
+    for file in files:
+        for document in _read_file(file):
+            empty = False
+            yield document
+    if empty:
+        raise ValueError(
+            f"source {source} holds no text: it needs at least one non-empty .txt or .jsonl file"
+        )
+
+
+def _read_file(file: Path) -> Iterator[str]:
     try:
-        text = content.decode("utf-8").removeprefix("\ufeff")
+        with _open(file) as stream:
+            if _suffix(file) == ".txt":
+                text = _decode(file, stream.read(), 0)
+                if not text.strip():
+                    raise ValueError(f"{file} is empty text: remove it or fill it")
+                yield text
+                return
+            offset = 0
+            # Lines of bytes end at "\n" alone; str.splitlines would also cut at U+2028, which JSON allows.
+            for number, line in enumerate(stream, start=1):
+                text = _decode(file, line, offset)
+                offset += len(line)
+                if text.strip():
+                    yield _read_line(f"{file}:{number}", text)
+    except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{file} is damaged or not what its name says: {error}; get it again") from None
+
+
+def _open(file: Path) -> BinaryIO:
+    if file.suffix == ".xz":
+        return cast(BinaryIO, lzma.open(file, "rb"))
+    return cast(BinaryIO, gzip.open(file, "rb")) if file.suffix == ".gz" else file.open("rb")
+
+
+def _decode(file: Path, content: bytes, offset: int) -> str:
+    """Text of the bytes that stand at `offset` of the file, without a byte-order mark at its head."""
+    try:
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{file} is not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start}; "
+            f"{file} is not UTF-8: byte 0x{content[error.start]:02x} at offset {offset + error.start}; "
             "convert the file to UTF-8"
         ) from None
-    if file.suffix == ".txt":
-        if not text.strip():
-            raise ValueError(f"{file} is empty text: remove it or fill it")
-        return [text]
-    # str.splitlines would also cut at U+2028, which JSON allows inside a string.
-    lines = enumerate(text.split("\n"), start=1)
-    return [_read_line(f"{file}:{number}", line) for number, line in lines if line.strip()]
+    return text if offset else text.removeprefix("\ufeff")
 
 
 def _read_line(where: str, line: str) -> str:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
@@ -18,6 +18,49 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>")
 ROLES = ("bos_token", "eos_token", "pad_token")
+
+
+class TextTokenizer(Protocol):
+    """What the package needs of a tokenizer: `Tokenizer` and `SentencePieceTokenizer` both are one."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Largest id + 1: what an embedding table needs."""
+
+    @property
+    def bos_id(self) -> int:
+        """Id that begins a document."""
+
+    @property
+    def eos_id(self) -> int:
+        """Id that ends a generation."""
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills a row."""
+
+    @property
+    def hash(self) -> str:
+        """sha256 (hex) of what decides the ids: equal hash, equal ids."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: nothing is added, and special strings in it are ordinary text."""
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode`, with the half-open span of characters that each id came from."""
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of the ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
+
+    def bytes_of(self, ids: Sequence[int] | np.ndarray) -> int:
+        """Number of bytes that the ids stand for, which for a document is the length of its decoded text."""
+
+    def byte_rules(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """int64, bool, bool [vocabulary]: bytes of each id; whether a space comes before it; whether it is a
+        border, after which that space is dropped (see `ByteTable`)."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer's files, for `open_tokenizer`."""
 
 
 class Tokenizer:
@@ -155,6 +198,16 @@ class Tokenizer:
                 f"ids span {array.min()} to {array.max()}, the vocabulary 0 to {self.vocab_size - 1}"
             )
         return int(self._byte_lengths[array].sum())
+
+    def byte_rules(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """int64, bool, bool [vocabulary]: bytes of each id; no id has a space before it that is not its own, so
+        the second and third are False.
+
+        Raises:
+            ValueError: for a tokenizer whose tokens have no fixed bytes.
+        """
+        nothing_V = np.zeros(self.vocab_size, dtype=np.bool_)
+        return self._byte_lengths, nothing_V, nothing_V
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, for `from_file` and transformers' AutoTokenizer."""

@@ -64,7 +64,7 @@ def block_attention(
         window: how many tokens a query reads, itself included; None for its whole document.
         scale: factor on the scores.
 
-    In half precision on a GPU, plain causal attention is torch's fused kernel, and inside torch.compile anything else is
+    In half precision on a GPU, plain causal attention is torch's fused kernel, and inside torch.compile all else is
     FlexAttention over the blocks of the band, in O(T window). Everywhere else a mask is made.
     """
     length = q_BTHD.shape[1]

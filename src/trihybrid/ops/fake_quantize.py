@@ -33,7 +33,7 @@ def integer_range(bits: int) -> tuple[int, int]:
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
-def row_scales(weight_RC: Tensor, bits: int, clip: float | None) -> Tensor:
+def row_scales(weight_RC: Tensor, bits: int, clip: float | None, floor: float = 0.0) -> Tensor:
     """The step of every row, float32 [R], above 0; no gradient.
 
     weight_RC: [R, C], finite, any floating dtype.
@@ -41,6 +41,7 @@ def row_scales(weight_RC: Tensor, bits: int, clip: float | None) -> Tensor:
         puts k root mean squares there, s = k rms(w) / (2^(b-1) - 1): below about 3 the tails are cut off, above that
         the outer integers stay unused and a larger k costs fewer bits after entropy coding, about log2(k) less
         a weight ("SDClip" of the parameter-golf records: the size is set by k and hardly by the bits).
+    floor: the least step, at least 0; most of those records have 1 / (2^(b-1) - 1), a rate control of its own.
     A row of zeros has scale 1. ValueError for bits or clip outside of these, or when the weight is not a matrix.
     """
     _check_matrix(weight_RC)
@@ -54,7 +55,7 @@ def row_scales(weight_RC: Tensor, bits: int, clip: float | None) -> Tensor:
         # Divided by its largest first: the squares of a tiny row would all be zero.
         unit_RC = wide_RC / torch.where(top_R > 0, top_R, 1.0)[:, None]
         reach_R = clip * top_R * unit_RC.square().mean(1).sqrt()
-    return torch.where(top_R > 0, (reach_R / greatest).clamp(min=_TINY), 1.0)
+    return torch.where(top_R > 0, (reach_R / greatest).clamp(min=max(floor, _TINY)), 1.0)
 
 
 def storable_scales(scale_R: Tensor) -> Tensor:
@@ -71,11 +72,13 @@ def storable_scales(scale_R: Tensor) -> Tensor:
     return torch.where(scale_R < _SMALLEST_NORMAL, multiple_R, coarse_R).clamp(_SMALLEST, _LARGEST)
 
 
-def fake_quantize(weight_RC: Tensor, bits: int, clip: float | None, active: Tensor | None) -> Tensor:
+def fake_quantize(
+    weight_RC: Tensor, bits: int, clip: float | None, active: Tensor | None, floor: float = 0.0
+) -> Tensor:
     """w + active (q s - w), where only w carries a gradient: [R, C] in the weight's dtype.
 
     weight_RC: [R, C], any floating dtype; integers and scales are computed in float32.
-    bits, clip: as in `row_scales`; the scales are those of `storable_scales`.
+    bits, clip, floor: as in `row_scales`; the scales are those of `storable_scales`.
     active: a floating tensor of no dimensions on the weight's device, 1 quantises, 0 returns the weight, between them
         a blend; None quantises always. Fill it in place to switch: a compiled graph reads it at every call.
     The gradient of the result is the gradient of the weight, whatever `active` is.
@@ -85,7 +88,7 @@ def fake_quantize(weight_RC: Tensor, bits: int, clip: float | None, active: Tens
         raise ValueError(
             f"active is {active.dtype} {list(active.shape)}; it must be one floating number, torch.tensor(0.0)"
         )
-    scale_R = storable_scales(row_scales(weight_RC, bits, clip))
+    scale_R = storable_scales(row_scales(weight_RC, bits, clip, floor))
     low, high = integer_range(bits)
     detached_RC = weight_RC.detach()
     value_RC = torch.clamp(torch.round(detached_RC.float() / scale_R[:, None]), low, high) * scale_R[:, None]

@@ -104,16 +104,16 @@ class ValueEmbedding(nn.Module):
 class Quantiser(nn.Module):
     """Fake quantisation that a tensor switches, so that a compiled graph obeys the switch."""
 
-    def __init__(self, bits: int, clip: float | None, device: torch.device) -> None:
+    def __init__(self, bits: int, clip: float | None, floor: float, device: torch.device) -> None:
         super().__init__()
         integer_range(bits)
         check_clip(clip)
-        self.bits, self.clip = bits, clip
+        self.bits, self.clip, self.floor = bits, clip, floor
         self.active: Tensor
         self.register_buffer("active", torch.zeros((), device=device), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return fake_quantize(weight, self.bits, self.clip, self.active)
+        return fake_quantize(weight, self.bits, self.clip, self.active, self.floor)
 
 
 class CompactModel(nn.Module):
@@ -252,14 +252,14 @@ class CompactModel(nn.Module):
         )
         return CompactState(self.front.new_state(batch, device, dtype), blocks)
 
-    def enable_fake_quantise(self, bits: dict[str, int], clip: float | None) -> None:
+    def enable_fake_quantise(self, bits: dict[str, int], clip: float | None, floor: float = 0.0) -> None:
         """Let the projections of the roles in `bits` see their weight through a quantiser, switched off at first. Call
         it once the model is on its device."""
         roles = self.roles()
         for name, projection in self.projections().items():
             width = bits.get(roles[f"{name}.weight"])
             if width is not None and width < 16:
-                projection.quantiser = Quantiser(width, clip, projection.weight.device)
+                projection.quantiser = Quantiser(width, clip, floor, projection.weight.device)
 
     def set_quantisation(self, active: bool) -> None:
         """Switch the quantisers, in place: a compiled graph sees it."""
