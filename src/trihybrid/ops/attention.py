@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from trihybrid.ops.window_attention import fits, window_attention
+
 FLEX_BLOCK = 128  # queries and keys of a block; FlexAttention's own default
 
 
@@ -64,8 +66,8 @@ def block_attention(
         window: how many tokens a query reads, itself included; None for its whole document.
         scale: factor on the scores.
 
-    In half precision on a GPU, plain causal attention is torch's fused kernel, and inside torch.compile all else is
-    FlexAttention over the blocks of the band, in O(T window). Everywhere else a mask is made.
+    In half precision on a GPU, plain causal attention is torch's fused kernel, a window ours in O(T window), and whole
+    documents inside torch.compile FlexAttention. Everywhere else a mask is made.
     """
     length = q_BTHD.shape[1]
     windowed = window is not None and window < length
@@ -76,6 +78,9 @@ def block_attention(
             q_BHTD, k_BGTD, v_BGTD, is_causal=True, scale=scale, enable_gqa=True
         )
         return o_BHTD.transpose(1, 2)
+    if windowed and fits(q_BTHD, k_BTGD):
+        assert window is not None
+        return window_attention(q_BTHD, k_BTGD, v_BTGD, positions_BT, window, scale)
     if half and torch.compiler.is_compiling() and length % FLEX_BLOCK == 0:
         return band_attention(q_BTHD, k_BTGD, v_BTGD, positions_BT, window, scale)
     distance_TT = torch.arange(length, device=q_BTHD.device)[:, None] - torch.arange(
