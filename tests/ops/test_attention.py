@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trihybrid.ops.attention import attention
+from trihybrid.ops.attention import attention, block_attention
 from trihybrid.testing import relative_error
 
 
@@ -78,3 +78,42 @@ def test_no_mask_means_causal_or_one_query_over_all_keys():
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="3 query heads are not a multiple of 2"):
         attention(*tensors(1, 2, 2, 3, 2), None, 1.0)
+
+
+def seen_by_hand(positions_BT, window):
+    """bool [B, T, T]: the tokens of the same document up to the query, the last `window` of them."""
+    batch, length = positions_BT.shape
+    seen = torch.zeros(batch, length, length, dtype=torch.bool)
+    for b in range(batch):
+        begin = 0
+        for t in range(length):
+            begin = t if positions_BT[b, t] == 0 else begin
+            seen[b, t, max(begin, t + 1 - (window or length)) : t + 1] = True
+    return seen
+
+
+def restarting(lengths):
+    return torch.cat([torch.arange(length) for length in lengths])
+
+
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    st.none() | st.integers(1, 9),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.integers(0, 99),
+)
+def test_a_block_over_itself(lengths, window, groups, repeats, seed):
+    torch.manual_seed(seed)
+    length = sum(lengths)
+    positions_BT = torch.stack([restarting(lengths), restarting(lengths[::-1])])
+    q_BTHD = torch.randn(2, length, groups * repeats, 5, dtype=torch.float64)
+    k_BTGD, v_BTGD = torch.randn(2, 2, length, groups, 5, dtype=torch.float64)
+    keys = k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2)
+    out = block_attention(q_BTHD, k_BTGD, v_BTGD, positions_BT, len(lengths) > 1, window, 0.4)
+    expected = by_hand(q_BTHD, *keys, seen_by_hand(positions_BT, window), 0.4)
+    assert relative_error(out, expected) < 1e-12
+    # Declared borders that are not there cost time and change nothing.
+    again = block_attention(q_BTHD, k_BTGD, v_BTGD, positions_BT, True, window, 0.4)
+    assert relative_error(again, expected) < 1e-12

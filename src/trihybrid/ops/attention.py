@@ -6,11 +6,8 @@ Legend: B batch, T queries, S keys, H query heads, G key/value heads, D head wid
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from trihybrid.ops.window_attention import fits, window_attention
-
-FLEX_BLOCK = 128  # queries and keys of a block; FlexAttention's own default
 
 
 def attention(
@@ -66,8 +63,8 @@ def block_attention(
         window: how many tokens a query reads, itself included; None for its whole document.
         scale: factor on the scores.
 
-    In half precision on a GPU, plain causal attention is torch's fused kernel, a window ours in O(T window), and whole
-    documents inside torch.compile FlexAttention. Everywhere else a mask is made.
+    In half precision on a GPU, plain causal attention is torch's fused kernel, and windows and documents are ours, in
+    O(T window). Everywhere else a mask is made.
     """
     length = q_BTHD.shape[1]
     windowed = window is not None and window < length
@@ -78,11 +75,8 @@ def block_attention(
             q_BHTD, k_BGTD, v_BGTD, is_causal=True, scale=scale, enable_gqa=True
         )
         return o_BHTD.transpose(1, 2)
-    if windowed and fits(q_BTHD, k_BTGD):
-        assert window is not None
-        return window_attention(q_BTHD, k_BTGD, v_BTGD, positions_BT, window, scale)
-    if half and torch.compiler.is_compiling() and length % FLEX_BLOCK == 0:
-        return band_attention(q_BTHD, k_BTGD, v_BTGD, positions_BT, window, scale)
+    if fits(q_BTHD, k_BTGD):
+        return window_attention(q_BTHD, k_BTGD, v_BTGD, positions_BT, window or length, scale)
     distance_TT = torch.arange(length, device=q_BTHD.device)[:, None] - torch.arange(
         length, device=q_BTHD.device
     )
@@ -92,46 +86,3 @@ def block_attention(
     return attention(
         q_BTHD, k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2), None if plain else visible_BTS, scale
     )
-
-
-def band_attention(
-    q_BTHD: Tensor,
-    k_BTGD: Tensor,
-    v_BTGD: Tensor,
-    positions_BT: Tensor,
-    window: int | None,
-    scale: float,
-) -> Tensor:
-    """`block_attention` by FlexAttention, for T in multiples of `FLEX_BLOCK`; meant for torch.compile.
-
-    The blocks are those of the window alone, the same for every batch: what belongs to another document is masked
-    inside them, which costs less than finding its blocks.
-    """
-    blocks = q_BTHD.shape[1] // FLEX_BLOCK
-    reach = blocks - 1 if window is None else min(blocks - 1, (window + FLEX_BLOCK - 2) // FLEX_BLOCK)
-    row = torch.arange(blocks, device=q_BTHD.device, dtype=torch.int32)
-    first = (row - reach).clamp(min=0)
-    indices = (first[:, None] + row).clamp(max=blocks - 1)
-
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        distance = query - key
-        seen = (distance >= 0) & (distance <= positions_BT[batch, query])
-        return seen if window is None else seen & (distance < window)
-
-    mask = BlockMask.from_kv_blocks(
-        (row - first + 1)[None, None],
-        indices[None, None].to(torch.int32),
-        BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=visible,
-        seq_lengths=(q_BTHD.shape[1], k_BTGD.shape[1]),
-    )
-    o_BHTD = flex_attention(
-        q_BTHD.transpose(1, 2),
-        k_BTGD.transpose(1, 2),
-        v_BTGD.transpose(1, 2),
-        block_mask=mask,
-        scale=scale,
-        enable_gqa=True,
-    )
-    assert isinstance(o_BHTD, Tensor)
-    return o_BHTD.transpose(1, 2)

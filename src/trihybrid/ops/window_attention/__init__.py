@@ -2,8 +2,8 @@
 
     o_t = sum_s softmax_s(scale q_t . k_s) v_s    over the s <= t of t's document with t - s < window
 
-FlexAttention would do it too, but its blocks read twice the keys of a short window and more in the backward pass: for
-129 tokens at head width 64 these kernels need a fraction of its time.
+For 129 tokens at head width 64 the two passes took 1.9 ms where FlexAttention took 3.0 (262,144 tokens, 8 heads on 4,
+one H200); over whole documents of 1,024 they took 4.6 and 6.4.
 
 Legend: B batch, T time, H query heads, G key/value heads, D head width.
 """
