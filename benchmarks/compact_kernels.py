@@ -2,7 +2,8 @@
 
     python benchmarks/compact_kernels.py
 
-Window attention against compiled FlexAttention with the same band, 262,144 tokens in rows of 1,024, 8 heads on 4, width 64.
+Window attention against compiled FlexAttention with the same band: 262,144 tokens in rows of 1,024, 8 heads on 4 of width
+64.
 The squared MLP against the compiled definition, 131,072 tokens, 512 to 1,536 and back. bfloat16, medians.
 """
 
@@ -22,7 +23,8 @@ def main() -> int:
     """Print both tables."""
     torch.manual_seed(0)
     print(
-        "| operator | size | forward ms | torch | backward ms | torch | ratio of both passes |\n|---|---|---|---|---|---|---|"
+        "| operator | size | forward ms | torch | backward ms | torch | ratio of both passes |\n"
+        "|---|---|---|---|---|---|---|"
     )
     batch, length = 256, 1024
     q, k, v = (random(batch, length, heads, 64) for heads in (8, 4, 4))
