@@ -7,10 +7,13 @@ import torch
 from torch import nn
 from transformers import Gemma4TextConfig
 
+from trihybrid.mixers.attention import Attention, AttentionOptions
 from trihybrid.mixers.contract import Cost, Mixer
+from trihybrid.mixers.front import Front, FrontOptions
 from trihybrid.mixers.rwkv7 import Rwkv7, Rwkv7Options
 from trihybrid.mixers.state import RecurrentState
 from trihybrid.mixers.tica import Tica, TicaOptions
+from trihybrid.mixers.token_shift import TokenShift, TokenShiftOptions
 from trihybrid.models.gemma4.retained import RetainedAttention
 from trihybrid.testing import LAWS, LawBroken, Subject, randomise
 
@@ -48,6 +51,54 @@ def tica(index: int = 1, donor: int | None = None):
     return lambda dtype, seed: randomise(Tica(TICA, index, donor), seed).to(dtype)
 
 
+class ValuesEmbedded(Attention):
+    """An attention in a model that adds something of the token to its values."""
+
+    def forward(self, x_BTD, span, state, shared):
+        groups = (self.options.kv_heads, self.options.head_dim)
+        shared.value_embeddings[self.index] = x_BTD[..., : groups[0] * groups[1]].tanh().unflatten(-1, groups)
+        return super().forward(x_BTD, span, state, shared)
+
+
+class FrontEnd(Mixer):
+    """The embedding front end, its tokens read off the input, beside that input: no gradient goes through a token."""
+
+    kind = "front"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front = Front(FrontOptions(WIDTH, 11, bigram_buckets=64, bigram_width=6))
+
+    def forward(self, x_BTD, span, state, shared):
+        tokens_BT = (x_BTD[..., 0].double() * 4).round().long() % 11
+        rows_BTD, after = self.front(tokens_BT, span, state, x_BTD.dtype)
+        return x_BTD + rows_BTD, after
+
+    def roles(self):
+        return {f"front.{name}": role for name, role in self.front.roles().items()}
+
+    def new_state(self, batch, device, dtype):
+        return self.front.new_state(batch, device, dtype)
+
+    def cost(self, context):
+        return self.front.cost()
+
+
+def attention(index: int = 1, **options):
+    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 8, "rope_dims": 4, "output_scale": True, **options}
+    return lambda dtype, seed: randomise(ValuesEmbedded(AttentionOptions(WIDTH, **sizes), index), seed).to(
+        dtype
+    )
+
+
+def token_shift(back: int, scale: bool):
+    return lambda dtype, seed: randomise(TokenShift(TokenShiftOptions(WIDTH, back, scale)), seed).to(dtype)
+
+
+def front(dtype: torch.dtype, seed: int) -> Mixer:
+    return randomise(FrontEnd(), seed).to(dtype)
+
+
 SUBJECTS = [
     Subject("full", retained(1), WIDTH, float32_inside=True),
     Subject("sliding", retained(0), WIDTH, float32_inside=True),
@@ -65,6 +116,14 @@ SUBJECTS = [
     ),
     Subject("tica", tica(), WIDTH),
     Subject("tica shared", tica(2, 1), WIDTH, donor=tica()),
+    Subject("own full", attention(rope_frequencies="head"), WIDTH),
+    Subject("own sliding xsa", attention(window=5, xsa=True, rope_dims=8), WIDTH),
+    Subject(
+        "own residual xsa", attention(2, xsa=True, value_residual=True), WIDTH, donor=attention(window=3)
+    ),
+    Subject("token_shift", token_shift(1, True), WIDTH),
+    Subject("token_shift back 3", token_shift(3, False), WIDTH),
+    Subject("front", front, WIDTH),
 ]
 CASES = [
     pytest.param(law, subject, dtype, id=f"{name}-{subject.name}-{str(dtype).removeprefix('torch.')}")

@@ -1,12 +1,13 @@
 """Patterns: what is read, what is refused."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trihybrid.models.pattern import KINDS, LegendEntry, Slot, parse_pattern
+from trihybrid.models.pattern import KINDS, LegendEntry, Slot, parse_pattern, read_slots
 
 LEGEND: dict[str, LegendEntry] = {"S": "sliding", "F": "full", "R": ["rwkv7", "tica"], "T": {"mixer": "tica"}}
 
@@ -97,3 +98,62 @@ def test_slot_survives_json(mixers: list[str], donor: int | None) -> None:
 )
 def test_what_a_slot_stores(slot: Slot, converted: bool, grows: bool) -> None:
     assert (slot.converted, slot.grows) == (converted, grows)
+
+
+OPTIONS = {"sliding": frozenset({"window", "xsa"}), "full": frozenset({"xsa"})}
+
+
+def test_options_reach_their_slots() -> None:
+    legend: dict[str, LegendEntry] = {
+        "T": "token_shift",
+        "X": {"mixer": "sliding", "window": 128, "xsa": True},
+        "B": {"mixer": ["token_shift", "full"], "xsa": True},
+    }
+    assert read_slots("T X*2 B", legend, KINDS, OPTIONS) == [
+        Slot(("token_shift",)),
+        *[Slot(("sliding",), options={"window": 128, "xsa": True})] * 2,
+        Slot(("token_shift", "full"), options={"xsa": True}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"mixer": "full", "window": 8}, r"full takes \"mixer\" and \['xsa'\]"),
+        (
+            {"mixer": ["full", "sliding"], "back": 1},
+            r"full and sliding takes \"mixer\" and \['window', 'xsa'\]",
+        ),
+        ({"mixer": "token_shift", "back": 1}, r'token_shift takes "mixer" and no other'),
+        ({"window": 8}, r"has the options \['window'\] and no \"mixer\"; name one"),
+        ({"mixer": []}, "must name each mixer once"),
+        ({"mixer": "tica"}, 'no mixer "tica"; choose from'),
+    ],
+)
+def test_options_that_are_refused(entry: LegendEntry, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_slots("A", {"A": entry}, ("full", "sliding", "token_shift"), OPTIONS)
+
+
+def test_a_conversion_takes_neither_options_nor_a_token_shift() -> None:
+    with pytest.raises(ValueError, match='takes "mixer" and no other'):
+        parse_pattern("S", {"S": {"mixer": "sliding", "window": 8}}, 1)
+    with pytest.raises(ValueError, match='no mixer "token_shift"'):
+        parse_pattern("T", {"T": "token_shift"}, 1)
+
+
+@given(st.text("ABab*0123 ", max_size=8))
+@settings(deadline=None, max_examples=30, derandomize=True)
+def test_any_text_is_read_or_refused(pattern: str) -> None:
+    legend: dict[str, LegendEntry] = dict.fromkeys("ABab", "full")
+    if re.fullmatch(r"\s*([ABab]+\s*(\*\s*[0-3]+\s*)?)+", pattern):
+        assert all(slot == Slot(("full",)) for slot in read_slots(pattern, legend, KINDS, {}))
+    else:
+        with pytest.raises(ValueError, match="cannot read"):
+            read_slots(pattern, legend, KINDS, {})
+
+
+def test_a_slip_of_the_finger_does_not_fill_the_memory() -> None:
+    assert len(read_slots("S*4096", LEGEND, KINDS, {})) == 4096
+    with pytest.raises(ValueError, match="has 99999999999 slots; at most 4096"):
+        read_slots("S*99999999999", LEGEND, KINDS, {})

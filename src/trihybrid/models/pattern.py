@@ -12,6 +12,8 @@ from typing import Any
 KINDS = ("full", "sliding", "rwkv7", "tica", "token_shift")
 CONVERSION_KINDS = ("full", "sliding", "rwkv7", "tica")
 GROWING = ("full", "tica")
+MOST_SLOTS = 4096
+"""More layers than any model has: a slip in a repeat is told apart from a layout before it fills the memory."""
 
 LegendEntry = str | list[str] | dict[str, Any]
 
@@ -83,8 +85,8 @@ def read_slots(
         options: mixer kind -> names of the options that it takes.
 
     Raises:
-        ValueError: unreadable pattern, letter that is not in the legend, mixer or option that does not exist, or two
-            mixers of one kind in a slot.
+        ValueError: unreadable pattern, more than `MOST_SLOTS` slots, letter that is not in the legend, mixer or option
+            that does not exist, or two mixers of one kind in a slot.
     """
     groups = re.findall(r"([A-Za-z]+)\s*(?:\*\s*(\d+))?", pattern)
     rest = re.sub(r"([A-Za-z]+)\s*(?:\*\s*(\d+))?", "", pattern).strip()
@@ -92,6 +94,9 @@ def read_slots(
         raise ValueError(
             f'pattern "{pattern}": cannot read "{rest or pattern}"; write letters and repeats, as "SSSSR * 7"'
         )
+    count = sum(len(letters) * int(repeats or 1) for letters, repeats in groups)
+    if count > MOST_SLOTS:
+        raise ValueError(f'pattern "{pattern}" has {count} slots; at most {MOST_SLOTS} are read')
     letters = "".join(letters * int(repeats or 1) for letters, repeats in groups)
     return [_slot(letter, legend, kinds, options) for letter in letters]
 

@@ -129,18 +129,21 @@ def document_border_resets(subject: Subject, dtype: torch.dtype) -> None:
     gradients = trial.gradients(leaf_BTD, y)
     totals: dict[str, Tensor] = {}
     for row, lengths in enumerate(ROW_LENGTHS):
-        start = 0
+        start, separate = 0, []
         for length in lengths:
             inside = (slice(row, row + 1), slice(start, start + length))
             alone_BTD = x_BTD[inside].clone().requires_grad_()
             expected, expected_states = trial.run(alone_BTD, trial.span(length, batch=1))
-            trial.same(f"output of the document at token {start}", y[inside], expected)
+            separate.append(expected)
             part = trial.gradients(alone_BTD, expected)
             trial.same_gradients(
                 {"its tokens": gradients["input"][inside]}, {"its tokens": part.pop("input")}
             )
             totals = {name: totals[name] + g if totals else g for name, g in part.items()}
             start += length
+        # The row as a whole: nothing of a document of one token may be left but rounding, as where a mixer takes the
+        # token's own value out, and that has no relative error.
+        trial.same(f"output of the documents of row {row}", y[row : row + 1], torch.cat(separate, 1))
         if subject.document_state:
             trial.same_states([one_row(state, row) for state in states], expected_states)
     trial.same_gradients(gradients, totals)

@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trihybrid.mixers.attention import AttentionOptions
+from trihybrid.mixers.front import FrontOptions
 from trihybrid.mixers.rwkv7 import Rwkv7Options
 from trihybrid.mixers.tica import TicaOptions
 from trihybrid.mixers.token_shift import TokenShiftOptions
@@ -132,8 +133,13 @@ class CompactSection(BaseModel):
                 raise ValueError(
                     f'legend "{letter}": sliding needs a window, as {{mixer: sliding, window: 128}}'
                 )
+        if not slots:
+            raise ValueError(
+                f'pattern: "{self.pattern}" has no layer; repeat at least one letter at least once'
+            )
         for slot in slots:
             self._check_slot(slot)
+        FrontOptions(self.hidden_size, vocabulary=1, bigram_buckets=self.bigram_buckets)
         outside = [index for index in self.value_embedding_layers if not 0 <= index < len(slots)]
         if outside or len(set(self.value_embedding_layers)) != len(self.value_embedding_layers):
             raise ValueError(
