@@ -2,8 +2,8 @@
 
     python benchmarks/compact_kernels.py
 
-Window attention against compiled FlexAttention with the same band: 262,144 tokens in rows of 1,024, 8 heads on 4 of width
-64.
+Window attention against compiled FlexAttention with the same band: 262,144 tokens in rows of 1,024, 8 heads on 4 of
+width 64.
 The squared MLP against the compiled definition, 131,072 tokens, 512 to 1,536 and back. bfloat16, medians.
 """
 
