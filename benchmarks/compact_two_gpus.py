@@ -3,8 +3,8 @@
     python benchmarks/compact_two_gpus.py --corpus FOLDER [--recipe seed-1007] [--steps 60]
 
 Both runs go through the command, the second under torchrun; figures are read from their logs. FOLDER: see
-benchmarks/compact.py. The exit code is 1 where two GPUs are less than 1.85 times as fast, or a loss differs by more than
-one part in a hundred.
+benchmarks/compact.py. The exit code is 1 where two GPUs are less than 1.85 times as fast, or a loss differs by more
+than one part in a hundred.
 """
 
 import argparse

@@ -52,3 +52,25 @@ def micro_run(micro: ModuleType, micro_recipe: Path) -> Path:
     result = micro.trihybrid("distill", micro_recipe, "--out", folder)
     assert result.code == 0, result.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def compact_recipe(micro_recipe: Path) -> Path:
+    """The file of the micro recipe of a compact model, on the same texts."""
+    import compact_bundle
+    from trihybrid.recipe.fields import dump_recipe
+
+    recipe = compact_bundle.micro_recipe(micro_recipe.parent / "texts").model_copy(deep=True)
+    recipe.samples.prompts, recipe.samples.tokens = ["the slow "], 8
+    path = micro_recipe.parent / "compact.yaml"
+    path.write_text(dump_recipe(recipe))
+    return path
+
+
+@pytest.fixture(scope="session")
+def compact_run(micro: ModuleType, compact_recipe: Path) -> Path:
+    """The directory of a finished compact run, shared by all tests: read it, or copy it to change it."""
+    folder = compact_recipe.parent / "compact"
+    result = micro.trihybrid("train", compact_recipe, "--out", folder)
+    assert result.code == 0, result.stderr
+    return folder

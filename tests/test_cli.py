@@ -22,7 +22,8 @@ GLOBAL_LAYERS = [4, 9, 14, 19, 24, 29, 34]
 
 def test_every_command_is_known_and_explains_itself(micro: ModuleType) -> None:
     assert COMMANDS == [
-        "convert", "demo", "distill", "doctor", "eval", "generate", "plan", "report", "version",
+        "budget", "convert", "data", "demo", "distill", "doctor", "eval", "generate", "plan", "report", "submit",
+        "train", "version",
     ]  # fmt: skip
     for command in ([], *([name] for name in COMMANDS)):
         result = micro.trihybrid(*command, "--help")

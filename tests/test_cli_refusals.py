@@ -244,7 +244,7 @@ def test_bad_text_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("distill", "no-such"), "no-such: no such recipe file; shipped recipes are demo"),
+        (("distill", "no-such"), "no-such: no such recipe file; shipped recipes are "),
         (("distill", "demo", "--set", "stages.0.loop.pace=1"), "loop.pace: Extra inputs are not permitted"),
         (
             ("distill", "demo", "--set", "stages.0.loop.steps=-1"),

@@ -253,7 +253,7 @@ def test_the_licence_is_there_and_is_the_one_that_is_declared() -> None:
 
 def test_the_command_exists() -> None:
     module, function = PROJECT["scripts"]["trihybrid"].split(":")
-    path = ROOT / "src" / Path(*module.split(".")).with_suffix(".py")
+    path = ROOT / "src" / Path(*module.split(".")) / "__init__.py"
     assert path.exists(), f"pyproject.toml names {path}, which is not there"
     defined = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
     assert function in defined

@@ -11,13 +11,23 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from trihybrid.recipe.compact import CompactRecipe
 from trihybrid.recipe.execute import check_recipe
-from trihybrid.recipe.load import dump_recipe, find_recipe, load_recipe, load_section, shipped_recipes
+from trihybrid.recipe.load import (
+    dump_recipe,
+    find_recipe,
+    load_compact,
+    load_conversion,
+    load_recipe,
+    load_section,
+    shipped_recipes,
+)
 from trihybrid.recipe.schema import Recipe
 from trihybrid.surgery.plan import check_plan, make_plan
 from trihybrid.surgery.section import SurgerySection
 
 SHIPPED = sorted(Path(__file__).parents[2].joinpath("recipes").glob("*.yaml"))
+CONVERSIONS = [path for path in SHIPPED if "kind: compact\n" not in path.read_text()]
 
 
 def sections(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
@@ -43,15 +53,37 @@ def refused(source: str | Path, overrides: list[str] | None = None) -> str:
     return message
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_shipped_recipe_loads_plans_and_dry_runs(micro: ModuleType, path: Path) -> None:
-    recipe = load_recipe(path)
+@pytest.mark.parametrize("path", CONVERSIONS, ids=lambda path: path.stem)
+def test_a_shipped_conversion_loads_plans_and_dry_runs(micro: ModuleType, path: Path) -> None:
+    recipe = load_conversion(path)
     assert recipe.name == path.stem
     assert load_recipe(path.stem) == recipe
     base = check_recipe(recipe)
     assert check_plan(make_plan(base, recipe.surgery, recipe.name), base) == recipe.surgery
     result = micro.trihybrid("distill", path, "--dry-run")
     assert (result.code, result.stdout, result.stderr) == (0, dump_recipe(recipe), "")
+
+
+@pytest.mark.parametrize("path", sorted({*SHIPPED} - {*CONVERSIONS}), ids=lambda path: path.stem)
+def test_a_shipped_compact_recipe_loads_and_dry_runs(micro: ModuleType, path: Path) -> None:
+    recipe = load_compact(path)
+    assert recipe.name == path.stem
+    assert load_recipe(path.stem) == recipe
+    result = micro.trihybrid("train", path, "--dry-run")
+    assert (result.code, result.stdout, result.stderr) == (0, dump_recipe(recipe), "")
+
+
+def test_a_recipe_is_of_the_kind_that_it_says(tmp_path: Path, micro_recipe: Path) -> None:
+    assert isinstance(load_recipe(micro_recipe), Recipe)
+    compact = {"kind": "compact", "name": "a", "train": {"loop": {"steps": 1}}}
+    path = written(tmp_path, compact)
+    assert isinstance(load_recipe(path), CompactRecipe)
+    with pytest.raises(ValueError, match="trains a compact model; use `trihybrid train`"):
+        load_conversion(path)
+    with pytest.raises(ValueError, match="converts a teacher; use `trihybrid distill`"):
+        load_compact(micro_recipe)
+    path = written(tmp_path, compact | {"kind": "distill"})
+    assert refused(path) == f"{path}: kind: must be compact, or left out for a conversion (got 'distill')"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -70,7 +102,8 @@ def test_shipped_recipes_are_found_by_name() -> None:
         find_recipe("demo").read_bytes()
         == SHIPPED[[path.stem for path in SHIPPED].index("demo")].read_bytes()
     )
-    assert "no-such: no such recipe file; shipped recipes are demo" in refused("no-such")
+    names = ", ".join(sorted(path.stem for path in SHIPPED))
+    assert refused("no-such") == f"no-such: no such recipe file; shipped recipes are {names}"
 
 
 def test_an_unknown_key_is_refused_at_every_level(micro_recipe: Path, tmp_path: Path) -> None:

@@ -118,7 +118,10 @@ def _quantise(
         bits = stored_bits(parameter.shape, roles[name], section)
         if bits == FLOAT16_BITS:
             continue
-        widths[name], scales[name] = bits, _scales(parameter, bits, clip, section.step_floor, moments.get(name))
+        widths[name], scales[name] = (
+            bits,
+            _scales(parameter, bits, clip, section.step_floor, moments.get(name)),
+        )
         if name in moments:
             groups.setdefault((parameter.shape, bits), []).append(name)
         else:

@@ -9,7 +9,7 @@ import inspect
 import logging
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -73,18 +73,22 @@ def _source_files(library: Path, module: str) -> list[Path]:
     )
 
 
-def _docstrings(file: Path) -> Iterator[str]:
-    """The long docstrings of one source file: its module, classes and functions."""
+@cache
+def _docstrings(file: Path) -> tuple[str, ...]:
+    """The long docstrings of one source file: its module, classes and functions. Kept, since parsing the library takes
+    seconds and a corpus asks for the documents several times."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a SyntaxWarning about somebody else's escapes is no news here
         tree = ast.parse(file.read_bytes(), filename=str(file))
+    found = []
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node, clean=False)
             if docstring is not None and len(cleaned := inspect.cleandoc(docstring)) > SHORTEST_DOCSTRING:
-                yield cleaned
+                found.append(cleaned)
         # Most nodes are expressions, and those hold no definitions. Reversed: in the order of the source.
         children = [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr)]
         pending.extend(reversed(children))
+    return tuple(found)

@@ -33,7 +33,7 @@ class EvaluationSection(BaseModel):
 class AdaptationSection(BaseModel):
     """Score-first test-time training: each chunk of the stream is scored, and then trained on."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     chunk_tokens: int = Field(
         default=32_768,

@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 
 from trihybrid.data import TokenShards
 from trihybrid.evaluate.scoring import evaluation_mode
-from trihybrid.mixers.span import Span, contiguous, document_offsets, packed
+from trihybrid.mixers.span import Span, contiguous, packed
 from trihybrid.models.compact import CompactModel
 
 LOGIT_ELEMENTS = 2**24
@@ -228,9 +228,7 @@ def window_batch(
         place_T = np.arange(length)
         head_BT = np.maximum.accumulate(np.where(tokens_BT[:, :-1] == bos_id, place_T, 0), axis=1)
         positions_BT = torch.from_numpy(place_T - head_BT)
-        offsets_S = document_offsets(positions_BT).to(device)
-        borders = packed(positions_BT).borders
-        span = Span(positions_BT.to(device), borders=borders, offsets_S=offsets_S if borders else None)
+        span = Span(positions_BT.to(device), borders=packed(positions_BT).borders)
     return torch.from_numpy(tokens_BT).to(device), span
 
 

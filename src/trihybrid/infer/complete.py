@@ -5,12 +5,12 @@ import math
 import torch
 from transformers import PreTrainedModel
 
-from trihybrid.data.tokens import Tokenizer
+from trihybrid.data.tokens import TextTokenizer
 
 
 def complete(
     model: PreTrainedModel,
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     prompt: str,
     tokens: int = 100,
     temperature: float = 0.0,
@@ -60,5 +60,5 @@ def complete(
     )
 
 
-def _special(tokenizer: Tokenizer) -> tuple[int, ...]:
+def _special(tokenizer: TextTokenizer) -> tuple[int, ...]:
     return tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id

@@ -23,7 +23,7 @@ from trihybrid.distill.section import AlignSection, MatchSection
 from trihybrid.models.checkpoint import load_model, load_teacher, save_folder
 from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
 from trihybrid.pretrain.task import PretrainTask
-from trihybrid.recipe.load import dump_recipe, load_recipe
+from trihybrid.recipe.load import dump_recipe, load_conversion
 from trihybrid.recipe.measure import measure
 from trihybrid.recipe.schema import NAMES, Recipe
 from trihybrid.run import Lineage, RunDirectory, RunLog, hash_folder, hash_json, write_json, write_text
@@ -146,7 +146,7 @@ def _refuse_changes(recipe: Recipe, directory: RunDirectory) -> None:
     if not directory.recipe.exists():
         return
     wanted = _phases(recipe)
-    for name, decision in _phases(load_recipe(directory.recipe)).items():
+    for name, decision in _phases(load_conversion(directory.recipe)).items():
         started = directory.model(name).is_dir() or directory.checkpoints(name).is_dir()
         if started and wanted.get(name) != decision:
             raise ValueError(

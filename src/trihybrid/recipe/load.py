@@ -1,118 +1,67 @@
-"""Reading recipes: YAML, overrides, and errors in one line."""
+"""Reading recipes of every kind."""
 
-import json
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
 
-import yaml
-from pydantic import BaseModel, ValidationError
-
+from trihybrid.recipe.compact import KIND, CompactRecipe
+from trihybrid.recipe.fields import (
+    dump_recipe,
+    find_recipe,
+    load_section,
+    read_fields,
+    shipped_recipes,
+    validate,
+)
 from trihybrid.recipe.schema import Recipe
 
-Section = TypeVar("Section", bound=BaseModel)
+__all__ = [
+    "dump_recipe",
+    "find_recipe",
+    "load_compact",
+    "load_conversion",
+    "load_recipe",
+    "load_section",
+    "shipped_recipes",
+]
 
 
-def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe | CompactRecipe:
     """The recipe of a YAML file, or of a shipped one by its name, with `a.b=value` overrides applied.
 
-    Raises:
-        ValueError: no such file, not YAML, an unknown key, an impossible value, or an override of nothing.
-    """
-    path = find_recipe(source)
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: a recipe is a YAML mapping, this is {type(fields).__name__}")
-    for override in overrides or []:
-        _override(fields, override)
-    try:
-        return Recipe.model_validate(fields)
-    except ValidationError as error:
-        raise ValueError(f"{path}: {explain(error)}") from None
-
-
-def load_section(
-    section: type[Section], fields: dict[str, Any], overrides: list[str] | None, name: str
-) -> Section:
-    """One section from fields and overrides, outside a recipe; `name` is what errors call it.
+    `kind: compact` makes it a `CompactRecipe`; without a kind it is a conversion.
 
     Raises:
-        ValueError: an unknown key, an impossible value, or an override of nothing.
+        ValueError: no such file, not YAML, another kind, an unknown key, an impossible value, or an override of
+            nothing.
     """
-    for override in overrides or []:
-        _override(fields, override)
-    try:
-        return section.model_validate(fields)
-    except ValidationError as error:
-        raise ValueError(f"{name}: {explain(error)}") from None
+    path, fields = read_fields(source, overrides)
+    if "kind" not in fields:
+        return validate(Recipe, fields, str(path))
+    if fields["kind"] != KIND:
+        raise ValueError(
+            f"{path}: kind: must be {KIND}, or left out for a conversion (got {fields['kind']!r})"
+        )
+    return validate(CompactRecipe, fields, str(path))
 
 
-def find_recipe(source: str | Path) -> Path:
-    """The file of a recipe: a path, or the name of a recipe that ships with the package.
+def load_conversion(source: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """`load_recipe`, for a conversion only.
 
     Raises:
-        ValueError: neither.
+        ValueError: as there, or the recipe is of another kind.
     """
-    path = Path(source)
-    if path.is_file():
-        return path
-    shipped = shipped_recipes()
-    if str(source) in shipped:
-        return shipped[str(source)]
-    raise ValueError(
-        f"{source}: no such recipe file; shipped recipes are {', '.join(sorted(shipped)) or 'none'}"
-    )
+    recipe = load_recipe(source, overrides)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"{source}: trains a compact model; use `trihybrid train`")
+    return recipe
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes that come with the package (in a checkout, its `recipes` folder)."""
-    installed = Path(str(files("trihybrid"))) / "recipes"
-    folder = installed if installed.is_dir() else Path(__file__).parents[3] / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+def load_compact(source: str | Path, overrides: list[str] | None = None) -> CompactRecipe:
+    """`load_recipe`, for a compact model only.
 
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, every default written out."""
-    return yaml.safe_dump(
-        json.loads(recipe.model_dump_json()), sort_keys=False, allow_unicode=False, width=110
-    )
-
-
-def explain(error: ValidationError) -> str:
-    """The first fault of a pydantic error in one line: field, value, what is allowed; and how many more there are."""
-    first, *rest = error.errors()
-    place = ".".join(str(part) for part in first["loc"]) or "recipe"
-    given = first["input"]
-    value = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
-    more = f"; and {len(rest)} more" if rest else ""
-    return f"{place}: {first['msg']}{value}{more}"
-
-
-def _override(fields: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ValueError(f'--set {override}: write it as "a.b=value"')
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise ValueError(f"--set {override}: the value is not YAML") from None
-    *path, last = key.split(".")
-    place: Any = fields
-    for part in path:
-        in_list = isinstance(place, list)
-        place = place[_position(place, part, override)] if in_list else place.setdefault(part, {})
-        if not isinstance(place, dict | list):
-            raise ValueError(f"--set {override}: {part} holds a value, not a section")
-    if isinstance(place, list):
-        place[_position(place, last, override)] = value
-    else:
-        place[last] = value
-
-
-def _position(items: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
-        raise ValueError(f"--set {override}: {part} must be a position from 0 to {len(items) - 1}")
-    return int(part)
+    Raises:
+        ValueError: as there, or the recipe is of another kind.
+    """
+    recipe = load_recipe(source, overrides)
+    if not isinstance(recipe, CompactRecipe):
+        raise ValueError(f"{source}: converts a teacher; use `trihybrid distill`")
+    return recipe

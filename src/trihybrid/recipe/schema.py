@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from trihybrid.data.section import DataSection
 from trihybrid.distill.section import AlignSection, MatchSection
 from trihybrid.evaluate.section import EvaluationSection
+from trihybrid.infer.section import SamplesSection
 from trihybrid.pretrain.section import PretrainSection
 from trihybrid.surgery.section import SurgerySection
 
@@ -30,15 +31,6 @@ class TeacherSection(BaseModel):
         if (self.folder is None) == (self.pretrain is None):
             raise ValueError("give exactly one of folder and pretrain")
         return self
-
-
-class SamplesSection(BaseModel):
-    """Text that teacher and final student write for the report."""
-
-    model_config = ConfigDict(extra="forbid")
-    prompts: list[str] = Field(default_factory=list, description="beginnings to continue")
-    tokens: int = Field(default=120, ge=1, le=4096, description="tokens a continuation")
-    temperature: float = Field(default=0.7, ge=0, le=10, description="0 takes the likeliest token")
 
 
 class TargetsSection(BaseModel):

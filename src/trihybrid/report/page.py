@@ -5,7 +5,7 @@ No script, no outside address, figures as data URIs. A part that the run does no
 
 from pathlib import Path
 
-from trihybrid.report import charts, tables
+from trihybrid.report import charts, compact, tables
 from trihybrid.report.headline import headline, verdict
 from trihybrid.report.markup import (
     Markup,
@@ -28,18 +28,27 @@ def build_report(run_folder: Path) -> Path:
     Read, each if it exists: recipe.yaml, lineage.json, log.jsonl, plan.json, results.json, samples.json, summary.json.
     results.json is a list of rows, one a stage; plan.json the plan of the surgery; samples.json a list of {stage,
     prompt, text}; summary.json an object of seconds, threads, devices, torch, transformers, window (tokens) and
-    targets (see `headline`). Raises ValueError when the folder is missing, holds none of these, or one is malformed.
+    targets (see `headline`). A run that trained a compact model has ledger.json besides, and other sections.
+
+    Raises ValueError when the folder is missing, holds none of these, or one is malformed.
     """
     run = read_run(run_folder)
-    opening = join([headline(run), verdict(run), _machine(run)], Markup("\n"))
+    if compact.is_compact(run):
+        first, own = [compact.headline(run), compact.verdict(run)], compact.sections(run)
+    else:
+        first = [headline(run), verdict(run)]
+        own = [
+            ("quality", "Quality", tables.quality_section(run)),
+            ("plan", "Plan", tables.plan_section(run)),
+            ("training", "Training", charts.training_section(run)),
+            ("alignment", "Alignment by layer", charts.alignment_section(run)),
+            ("recall", "Recall by distance", charts.recall_section(run)),
+            ("position", "Loss by position", charts.position_section(run)),
+            ("cache", "Cache against context", charts.cache_section(run)),
+        ]
+    opening = join([*first, _machine(run)], Markup("\n"))
     sections = [
-        ("quality", "Quality", tables.quality_section(run)),
-        ("plan", "Plan", tables.plan_section(run)),
-        ("training", "Training", charts.training_section(run)),
-        ("alignment", "Alignment by layer", charts.alignment_section(run)),
-        ("recall", "Recall by distance", charts.recall_section(run)),
-        ("position", "Loss by position", charts.position_section(run)),
-        ("cache", "Cache against context", charts.cache_section(run)),
+        *own,
         ("samples", "Samples", _samples(run)),
         ("lineage", "Lineage", _lineage(run)),
         ("recipe", "Recipe", _recipe(run)),

@@ -164,6 +164,30 @@ def cache_curves(teacher: CacheBytes, student: CacheBytes) -> bytes:
     return _png(figure)
 
 
+def byte_bars(parts: Sequence[tuple[str, int]], limit: int | None) -> bytes:
+    """Bytes of a file by what they are for, one bar each in the order given, with the limit on their sum in words.
+
+    parts: (name, bytes), at least one with bytes above 0.
+    """
+    total = sum(size for _, size in parts)
+    share = "" if limit is None else f" of {limit:,}"
+    figure, axes = _figure(f"{total:,} bytes{share}")
+    places = list(range(len(parts)))
+    sizes = [size / 1000 for _, size in parts]
+    bars = axes.barh(places, sizes, color=stage_style("train").colour, height=0.65)
+    axes.bar_label(
+        bars, [f"{100 * size / total:.1f} %" for _, size in parts], padding=3, fontsize=9, color=INK
+    )
+    axes.set_yticks(places, [name for name, _ in parts])
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.margins(x=0.15)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlabel("kB (1,000 bytes)")
+    return _png(figure)
+
+
 def _figure(title: str) -> tuple[Figure, Axes]:
     figure = Figure(
         figsize=(WIDTH_INCHES, HEIGHT_INCHES), dpi=DOTS_PER_INCH, layout="constrained", facecolor="white"

@@ -26,7 +26,8 @@ class RunRecord:
 
     recipe: text of recipe.yaml. lineage: records, oldest first. training: stage -> train rows of log.jsonl by rising
     step. plan: plan.json. results: stage -> its row of results.json. samples: rows of samples.json. summary:
-    summary.json, empty when it is missing.
+    summary.json, empty when it is missing. compact: results.json of a run that trained a compact model, where it is one
+    object. ledger: ledger.json, the account of such a model's bytes.
     """
 
     recipe: str | None
@@ -36,6 +37,8 @@ class RunRecord:
     results: dict[str, Row]
     samples: list[Row] | None
     summary: Row
+    compact: Row | None = None
+    ledger: Row | None = None
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -46,6 +49,7 @@ def read_run(folder: Path) -> RunRecord:
     """
     parts = RunDirectory(folder, create=False)
     summary = folder / "summary.json"
+    ledger = folder / "ledger.json"
     readable = (parts.recipe, parts.lineage, parts.log, parts.plan, parts.results, parts.samples, summary)
     if not any(path.is_file() for path in readable):
         names = ", ".join(path.name for path in readable)
@@ -58,6 +62,8 @@ def read_run(folder: Path) -> RunRecord:
         training=_training(parts.log),
         plan=_object(parts.plan),
         results=_results(parts.results),
+        compact=_compact(parts.results),
+        ledger=_object(ledger),
         samples=_samples(parts.samples),
         summary=_object(summary) or {},
     )
@@ -153,8 +159,15 @@ def _stage(row: Row, name: str, position: int) -> str:
     return stage
 
 
+def _compact(path: Path) -> Row | None:
+    value = _json(path)
+    return value if isinstance(value, dict) and "bpb" in value else None
+
+
 def _results(path: Path) -> dict[str, Row]:
     results: dict[str, Row] = {}
+    if _compact(path) is not None:
+        return results
     for position, row in enumerate(_rows(path) or [], start=1):
         stage = _stage(row, path.name, position)
         if stage in results:

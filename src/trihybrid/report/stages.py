@@ -38,13 +38,18 @@ KNOWN_STAGES: dict[str, StageStyle] = {
         "-",
     ),
 }
+COMPACT_STAGES: dict[str, StageStyle] = {
+    "train": StageStyle("Trained", "Training", "cross-entropy (nats per token)", "#0072b2", "D", "-"),
+    "artifact": StageStyle("Artifact, reloaded", "Artifact", "loss", "#009e73", "s", "-"),
+}
+"""Of a run that trains a compact model, which has no teacher and no stages to compare."""
 OTHER_COLOURS = ("#009e73", "#cc79a7", "#e69f00")
 
 
 def stage_style(stage: str) -> StageStyle:
-    """The style of `stage`; a stage that is not in KNOWN_STAGES goes by its own name in a colour fixed by that name."""
-    if stage in KNOWN_STAGES:
-        return KNOWN_STAGES[stage]
+    """The style of `stage`; a stage that nobody knows goes by its own name in a colour fixed by that name."""
+    if stage in KNOWN_STAGES or stage in COMPACT_STAGES:
+        return {**KNOWN_STAGES, **COMPACT_STAGES}[stage]
     colour = OTHER_COLOURS[sum(stage.encode()) % len(OTHER_COLOURS)]
     return StageStyle(stage, stage, "loss", colour, "^", "-.")
 

@@ -8,6 +8,11 @@ A run directory holds
     results.json    what was measured            aligned/ matched/ ...
     samples.json    generated text               plan.json, report.html
 
+and one of a compact model, instead of the folders of stages and the plan,
+
+    model/          weights after training       model.artifact          the quantised model, one file
+    ledger.json     the account of its bytes     summary.json            machine, time, broken promises
+
 Files are replaced, never edited: a reader sees the old one or the new one, also after a crash.
 """
 

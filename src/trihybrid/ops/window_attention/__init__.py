@@ -75,8 +75,17 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from trihybrid.ops.window_attention.triton import backward
 
-    tensors = (grad_BTHD, q_BTHD, k_BTGD, v_BTGD, positions_BT)
-    return backward(*(t.contiguous() for t in tensors), o_BTHD, norm_BHT, window, scale)
+    return backward(
+        grad_BTHD.contiguous(),
+        q_BTHD.contiguous(),
+        k_BTGD.contiguous(),
+        v_BTGD.contiguous(),
+        positions_BT.contiguous(),
+        o_BTHD,
+        norm_BHT,
+        window,
+        scale,
+    )
 
 
 @_backward.register_fake

@@ -1,54 +1,15 @@
-"""The command line: a thin layer that turns options into calls, and users' errors into one line and exit code 2."""
+"""Commands that convert a teacher: demo, distill, plan, convert."""
 
 import json
-import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
-import trihybrid
-
-app = typer.Typer(
-    name="trihybrid",
-    help="Language models whose layers mix sliding windows, attention and the RWKV-7 recurrence.\n\n"
-    "Start with `trihybrid demo`: it trains a small teacher, converts it, distils it and writes a report.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-)
-console = Console()
-errors = Console(stderr=True)
-
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a field, as `stages.0.loop.steps=50`; repeat it.")
-]
-Out = Annotated[Path, typer.Option("--out", help="Run directory.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with what the run directory holds.")]
-
-
-@app.callback()
-def _configure(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what each part decides.")] = False,
-) -> None:
-    handler = RichHandler(console=errors, show_path=False, show_time=False)
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler]
-    )
-    if not verbose:
-        transformers_logging.disable_progress_bar()
-        # Its report about tensors that do not fit comes before our one line about them.
-        transformers_logging.set_verbosity_error()
+from trihybrid.cli.frame import DryRun, Out, Overrides, Resume, app, complain, console, results_table
 
 
 @app.command()
@@ -64,9 +25,9 @@ def demo(
     """
     from trihybrid.data import read_documents
     from trihybrid.recipe.execute import check_recipe
-    from trihybrid.recipe.load import load_recipe
+    from trihybrid.recipe.load import load_conversion
 
-    recipe = load_recipe("demo", overrides)
+    recipe = load_conversion("demo", overrides)
     if not dry_run and not resume:
         # An earlier demo goes only for one that can run.
         check_recipe(recipe)
@@ -87,9 +48,9 @@ def distill(
     resume: Resume = False,
 ) -> None:
     """Run a recipe: teacher, surgery, distillation stages, evaluation, report."""
-    from trihybrid.recipe.load import load_recipe
+    from trihybrid.recipe.load import load_conversion
 
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_conversion(recipe, overrides)
     _run(loaded, out or Path("runs") / loaded.name, dry_run, resume)
 
 
@@ -161,86 +122,6 @@ def convert(
     )
 
 
-@app.command(name="eval")
-def evaluate_command(
-    model: Annotated[Path, typer.Argument(help="Folder of a teacher or student.")],
-    teacher: Annotated[Path | None, typer.Option(help="Folder of the teacher, for KL and agreement.")] = None,
-    text: Annotated[str, typer.Option(help="Validation text: `builtin`, a file or a folder.")] = "builtin",
-    tokens: Annotated[int, typer.Option(help="At most this many validation tokens.", min=256)] = 50_000,
-    length: Annotated[int, typer.Option(help="Tokens a row.", min=16)] = 256,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON object.")] = False,
-) -> None:
-    """Measure a model: bits per byte, KL and agreement with a teacher, recall by distance, loss by position."""
-    from trihybrid.recipe.evaluate_folder import evaluate_folder
-
-    row = evaluate_folder(model, teacher, text, tokens, length)
-    if as_json:
-        sys.stdout.write(json.dumps(row, indent=2) + "\n")
-    else:
-        console.print(_results_table([{"stage": model.name, **row}]))
-
-
-@app.command()
-def generate(
-    model: Annotated[Path, typer.Argument(help="Folder of a teacher or student, with its tokenizer.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    tokens: Annotated[int, typer.Option(help="At most this many new tokens.", min=1)] = 200,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token every time.", min=0.0)
-    ] = 0.7,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-) -> None:
-    """Continue a text."""
-    from trihybrid.data.tokens import Tokenizer
-    from trihybrid.infer.complete import complete
-    from trihybrid.models.checkpoint import load_model
-
-    loaded = load_model(model)
-    text = complete(loaded, Tokenizer.from_file(model), prompt, tokens, temperature, seed=seed)
-    sys.stdout.write(prompt + text + "\n")
-
-
-@app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run directory.")] = Path("runs/demo")) -> None:
-    """Write report.html, one self-contained page about a run."""
-    from trihybrid.report import build_report
-
-    console.print(f"report: {build_report(run)}", soft_wrap=True)
-
-
-@app.command()
-def doctor() -> None:
-    """Print versions, devices and the backend of each operator, and check the numerics (about five seconds)."""
-    from trihybrid import doctor as examination
-
-    raise typer.Exit(examination.main())
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    sys.stdout.write(trihybrid.__version__ + "\n")
-
-
-def main() -> None:
-    """Entry point: errors of the user become one line and exit code 2."""
-    _guarded(app)
-
-
-def _guarded(call: Callable[[], Any]) -> None:
-    try:
-        call()
-    except (ValueError, FloatingPointError, OSError) as error:
-        errors.print(
-            f"error: {' '.join(str(error).split())}",
-            style="bold red",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-        raise SystemExit(2) from None
-
-
 def _surgery(pattern: str | None, share_kv: str, overrides: list[str] | None) -> Any:
     from trihybrid.recipe.load import load_section
     from trihybrid.surgery.section import SurgerySection
@@ -269,20 +150,10 @@ def _run(recipe: Any, out: Path, dry_run: bool, resume: bool) -> None:
     rows = execute(recipe, out, resume)
     page = build_report(out)
     seconds = time.perf_counter() - began
-    console.print(_results_table(rows))
+    console.print(results_table(rows))
     console.print(f"{seconds:.0f} s; report: {page}; figures: {out / 'results.json'}", soft_wrap=True)
     missed = missed_targets(recipe, rows, seconds)
     for line in missed:
-        errors.print(f"missed: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        complain(f"missed: {line}")
     if missed:
         raise typer.Exit(1)
-
-
-def _results_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="Quality on validation text and planted recall")
-    for name in ("model", "bits per byte", "KL (nats/token)", "agreement", "recall beyond window"):
-        table.add_column(name, justify="left" if name == "model" else "right")
-    for row in rows:
-        cells = [row["bpb"], row["kl"], row["agreement"], row["recall"]]
-        table.add_row(row["stage"], *("not measured" if cell is None else f"{cell:.4f}" for cell in cells))
-    return table

@@ -1,0 +1,11 @@
+"""The command line: a thin layer that turns options into calls, and users' errors into one line and exit code 2."""
+
+from trihybrid.cli import conversion, models, training
+from trihybrid.cli.frame import app, guarded
+
+__all__ = ["app", "conversion", "main", "models", "training"]
+
+
+def main() -> None:
+    """Entry point: errors of the user become one line and exit code 2."""
+    guarded(app)

@@ -1,0 +1,133 @@
+"""Commands about models and runs that exist: eval, generate, report, doctor, version."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import trihybrid
+from trihybrid.cli.frame import app, console, results_table, score_table
+
+TOKENIZER = (
+    "Tokenizer of an artifact: `bytes`, a tokenizer.json or a .model file. Looked for beside it if not given."
+)
+
+
+@app.command(name="eval")
+def evaluate_command(
+    model: Annotated[
+        Path, typer.Argument(help="Folder of a teacher or student, or the file of an artifact.")
+    ],
+    teacher: Annotated[Path | None, typer.Option(help="Folder of the teacher, for KL and agreement.")] = None,
+    text: Annotated[
+        str,
+        typer.Option(
+            help="Validation text: `builtin`, a file or a folder; for an artifact token shards too."
+        ),
+    ] = "builtin",
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="At most this many validation tokens; 50,000 for a folder, all for an artifact.", min=256
+        ),
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens a row; 256 for a folder, 1,024 for an artifact.", min=16)
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER)] = None,
+    sliding: Annotated[
+        bool, typer.Option("--sliding", help="Score with overlapping windows too (artifact).")
+    ] = False,
+    stride: Annotated[int, typer.Option(help="Tokens between overlapping windows.", min=1)] = 64,
+    isolated: Annotated[
+        bool, typer.Option("--isolated", help="Start anew at every document (artifact).")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON object.")] = False,
+) -> None:
+    """Measure a model: bits per byte; of a folder also KL and agreement with a teacher, recall, loss by position."""
+    if model.is_file():
+        if teacher is not None:
+            raise ValueError("--teacher: an artifact has none; leave it away")
+        from trihybrid.recipe.artifact import evaluate_artifact
+        from trihybrid.recipe.compact import CompactEvaluationSection
+        from trihybrid.recipe.fields import load_section
+
+        fields = {
+            "length": length or 1024, "sliding": sliding, "stride": stride, "isolated": isolated,
+            "validation_tokens": tokens,
+        }  # fmt: skip
+        section = load_section(CompactEvaluationSection, fields, None, "eval")
+        row = evaluate_artifact(model, text, section, tokenizer)
+        table = score_table(model.name, row)
+    else:
+        if tokenizer is not None or sliding or isolated:
+            raise ValueError(
+                f"{model}: --tokenizer, --sliding and --isolated are for the file of an artifact; give one, or leave "
+                "them away"
+            )
+        from trihybrid.recipe.evaluate_folder import evaluate_folder
+
+        row = evaluate_folder(model, teacher, text, tokens or 50_000, length or 256)
+        table = results_table([{"stage": model.name, **row}])
+    if as_json:
+        sys.stdout.write(json.dumps(row, indent=2) + "\n")
+    else:
+        console.print(table)
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        Path,
+        typer.Argument(help="Folder of a teacher or student with its tokenizer, or the file of an artifact."),
+    ],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    tokens: Annotated[int, typer.Option(help="At most this many new tokens.", min=1)] = 200,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token every time.", min=0.0)
+    ] = 0.7,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER)] = None,
+) -> None:
+    """Continue a text."""
+    if model.is_file():
+        from trihybrid.infer.sample import sample
+        from trihybrid.recipe.artifact import find_tokenizer, load_artifact
+
+        artifact = load_artifact(model)
+        _, opened = find_tokenizer(artifact, tokenizer)
+        text = sample(artifact.model, opened, prompt, tokens, temperature, seed=seed)
+    else:
+        if tokenizer is not None:
+            raise ValueError(f"{model}: --tokenizer is for the file of an artifact; leave it away")
+        from trihybrid.data.tokens import Tokenizer
+        from trihybrid.infer.complete import complete
+        from trihybrid.models.checkpoint import load_model
+
+        loaded = load_model(model)
+        text = complete(loaded, Tokenizer.from_file(model), prompt, tokens, temperature, seed=seed)
+    sys.stdout.write(prompt + text + "\n")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run directory.")] = Path("runs/demo")) -> None:
+    """Write report.html, one self-contained page about a run."""
+    from trihybrid.report import build_report
+
+    console.print(f"report: {build_report(run)}", soft_wrap=True)
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, devices and the backend of each operator, and check the numerics (about five seconds)."""
+    from trihybrid import doctor as examination
+
+    raise typer.Exit(examination.main())
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    sys.stdout.write(trihybrid.__version__ + "\n")
