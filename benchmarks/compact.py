@@ -2,10 +2,10 @@
 
     python benchmarks/compact.py ROW[@SEED]... --corpus FOLDER [--out FOLDER] [--seconds 120] [--profile]
 
-FOLDER of the corpus holds text (train*.jsonl.xz, val.jsonl.xz) and a SentencePiece model. Every call first times steps
-of the stock baseline on the same chip, the yardstick that its rows are printed against, and the chip's own matrix
-product. A row is appended to the folder of --out as JSON; `python benchmarks/results.py` merges them into
-docs/results.md.
+FOLDER of the corpus holds text (train*.jsonl.xz, val.jsonl.xz) and a SentencePiece model, or what `trihybrid data` made
+of them. Every call first times steps of the stock baseline on the same chip, the yardstick that its rows are printed
+against, and the chip's own matrix product. A row is left in the folder of --out as JSON; `python benchmarks/results.py`
+merges them into docs/results.md.
 """
 
 import argparse
@@ -102,7 +102,9 @@ def main() -> int:
 
 
 def tokens(corpus: Path, folder: Path) -> Path:
-    """The corpus as shards, made once a call."""
+    """The corpus as shards, made once a call unless it is shards already."""
+    if (corpus / "train" / "manifest.json").is_file():
+        return corpus
     model = next(iter(sorted(corpus.glob("*.model"))), None)
     if model is None:
         raise SystemExit(f"{corpus} holds no SentencePiece .model")

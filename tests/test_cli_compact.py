@@ -148,8 +148,9 @@ def test_data_becomes_shards_that_a_recipe_reads(
     ]
     run = tmp_path / "run"
     trained = micro.trihybrid(
-        "train", compact_recipe, "--out", run, "--set", f"data.train={out}", "--set", "train.loop.steps=1"
-    )
+        "train", compact_recipe, "--out", run, "--set", f"data.train={out}", "--set", f"data.tokenizer={out}",
+        "--set", "train.loop.steps=1",
+    )  # fmt: skip
     assert trained.code == 0, trained.stderr
     assert list((run / "data").iterdir()) == []
 

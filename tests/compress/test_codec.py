@@ -85,6 +85,8 @@ def test_a_brotli_that_cannot_be_bounded_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(importlib, "import_module", lambda name: old)
     with pytest.raises(ValueError, match=r"needs brotli 1\.2"):
         byte_codec("brotli").decode(b"", 0)
+    with pytest.raises(ValueError, match=r"needs brotli 1\.2"):
+        byte_codec("brotli").encode(b"")
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="the real module is used there")

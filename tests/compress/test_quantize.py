@@ -203,6 +203,10 @@ def test_a_given_clip_is_where_fitting_begins(model: CompactModel) -> None:
     assert fit.clip == 8.0
     tight = section.model_copy(update={"limit_bytes": fit.bytes - 500})
     assert quantise_to_limit(model, tight, None, entropy_bytes).clip > 8.0
+    coarsest = section.model_copy(update={"clip": 256.0})
+    assert quantise_to_limit(model, coarsest, None, entropy_bytes).clip == 256.0
+    with pytest.raises(ValueError, match=r"limit_bytes is 10, .*at clip 256"):
+        quantise_to_limit(model, coarsest.model_copy(update={"limit_bytes": 10}), None, entropy_bytes)
 
 
 def test_without_fit_a_limit_is_an_error(model: CompactModel) -> None:

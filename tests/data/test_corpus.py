@@ -65,8 +65,9 @@ def test_validation_files_inside_the_training_folder_are_not_trained_on(
     made = prepare_corpus(inside, tmp_path / "out")
     assert (made.train.manifest.documents, made.validation.manifest.documents) == (30, 5)
     same_file = {"train": str(text / "train" / "0.jsonl"), "validation": str(text / "train" / "0.jsonl")}
-    with pytest.raises(ValueError, match="holds no text"):
-        prepare_corpus(section.model_copy(update=same_file), tmp_path / "same")
+    for update in (same_file, {"train": "builtin", "validation": "builtin"}):
+        with pytest.raises(ValueError, match="train and validation are both .* set validation to null"):
+            prepare_corpus(section.model_copy(update=update), tmp_path / "same")
 
 
 def test_a_split_shares_no_document(text: Path, tmp_path: Path) -> None:
@@ -104,6 +105,11 @@ def test_the_same_input_is_used_again_by_hash(
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.*")} == stamps
     assert (again.train.hash, again.validation.hash) == (first.train.hash, first.validation.hash)
     assert not caplog.messages
+    (text / "renamed.jsonl").rename(text / "renamed.txt")  # the same bytes, but another text
+    other_kind = section.model_copy(update={"validation": str(text / "renamed.txt")})
+    with pytest.raises(ValueError, match="validation was made of other text"):
+        prepare_corpus(other_kind, folder, replace=False)
+    (text / "renamed.txt").rename(text / "renamed.jsonl")
     (text / "train" / "0.jsonl").write_text(lines("train", 21))
     with pytest.raises(ValueError, match=r"train was made of other text or settings; restore them"):
         prepare_corpus(changed, folder, replace=False)

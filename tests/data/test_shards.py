@@ -71,8 +71,10 @@ def test_the_hash_follows_the_content(tmp_path: Path) -> None:
 
 def test_rewriting_leaves_no_stale_shard(tmp_path: Path) -> None:
     write(tmp_path, [[5] * 30])
+    other = tmp_path / "fineweb_train_000000.bin"
+    other.write_bytes(b"not ours")
     write(tmp_path, [[5]])
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["00000.bin", "manifest.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["00000.bin", other.name, "manifest.json"]
 
 
 def test_an_interrupted_writing_leaves_no_manifest(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from trihybrid.data import write_shards
 from trihybrid.evaluate import stream as stream_module
 from trihybrid.evaluate.stream import (
     chunked_bpb,
-    chunked_windows,
     read_stream,
     sliding_bpb,
     sliding_windows,
@@ -66,7 +65,8 @@ def test_chunked_equals_each_window_alone(tokens, length, rows, isolated) -> Non
     stream, model = random_stream(tokens, seed=tokens), RunningMean()
     array = np.array(stream, dtype=np.uint16)
     bos_id = BOS if isolated else None
-    found = nats_by_place(window_nats(model, array, chunked_windows(tokens, length), bos_id, rows))
+    windows = sliding_windows(tokens, length, length)
+    found = nats_by_place(window_nats(model, array, windows, bos_id, rows))
     expected = []
     for start in range(0, tokens - 1, length):
         window = stream[start : start + length + 1]
@@ -75,6 +75,8 @@ def test_chunked_equals_each_window_alone(tokens, length, rows, isolated) -> Non
         for low, high in zip([0, *inner], [*inner, len(window) - 1], strict=True):
             expected += model.nats(window[low : high + 1])
     assert [found[place] for place in range(1, tokens)] == pytest.approx(expected, rel=1e-10)
+    score = chunked_bpb(model, MemoryShards(stream), TABLE, length, isolated, rows)
+    assert (score.tokens, score.nats) == (tokens - 1, pytest.approx(math.fsum(expected), rel=1e-10))
 
 
 @SMALL
@@ -93,9 +95,6 @@ def test_sliding_scores_the_tail_of_its_windows(tokens, length, isolated) -> Non
     score = sliding_bpb(model, shards, TABLE, length, stride, isolated, 3)
     assert score.tokens == tokens - 1 == len(found)
     assert score.nats == pytest.approx(math.fsum(found.values()), rel=1e-12)
-    assert sliding_bpb(model, shards, TABLE, length, length, isolated, 3) == chunked_bpb(
-        model, shards, TABLE, length, isolated, 3
-    )
 
 
 @SMALL
@@ -216,7 +215,7 @@ def test_small_pieces_of_bytes_and_logits_give_the_same_score(monkeypatch) -> No
 def test_flags_come_back_and_nothing_waits_for_a_gradient() -> None:
     model = RunningMean()
     model.train()
-    for places, nats in window_nats(model, np.array([BOS, 3, 4]), chunked_windows(3, 2), BOS, 1):
+    for places, nats in window_nats(model, np.array([BOS, 3, 4]), sliding_windows(3, 2, 2), BOS, 1):
         assert places.tolist() == [1, 2]
         assert not nats.requires_grad
         assert model.training

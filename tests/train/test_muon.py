@@ -99,15 +99,18 @@ def test_normalised_rows_make_the_scale_of_a_row_irrelevant() -> None:
     assert (plain - parameters[0]).norm() > 0.1 * plain.norm()
 
 
-def test_the_momentum_of_a_step_is_the_groups() -> None:
-    """m <- mu m + (1 - mu) g, by hand with two momenta."""
-    parameter = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
-    muon = Muon([parameter], lr=0.1)
-    for momentum, gradient in ((0.5, 1.0), (0.75, 2.0)):
+def test_a_momentum_that_changes_forgets_no_gradient_but_by_its_own_rate() -> None:
+    """m <- mu m + g and the update g + mu m, by hand with two momenta; a row's orthogonal matrix is its direction."""
+    parameter = nn.Parameter(torch.zeros(1, 2, dtype=torch.float64))
+    muon = Muon([parameter], lr=0.1, weight_decay=0.0)
+    for momentum, gradient in ((0.5, [1.0, 0.0]), (0.75, [0.0, 2.0])):
+        before = parameter.detach().clone()
         muon.param_groups[0]["momentum"] = momentum
-        parameter.grad = torch.full((2, 2), gradient, dtype=torch.float64)
+        parameter.grad = torch.tensor([gradient], dtype=torch.float64)
         muon.step()
-    assert muon.state[parameter]["momentum_buffer"].unique().tolist() == [0.75 * 0.5 + 0.25 * 2.0]
+    assert muon.state[parameter]["momentum_buffer"].tolist() == [[0.75, 2.0]]
+    moved = (before - parameter.detach())[0]
+    assert (moved[0] / moved[1]).item() == pytest.approx(0.75 * 0.75 / (2.0 + 0.75 * 2.0), rel=1e-9)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7])

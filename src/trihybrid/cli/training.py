@@ -76,13 +76,14 @@ def data(
         ),
     ] = "trihybrid",
 ) -> None:
-    """Turn text into token shards, whose bytes are checked against the text."""
+    """Turn text into token shards, whose bytes are checked against the text, with the tokenizer beside them."""
     from trihybrid.data.challenge import export_challenge
     from trihybrid.data.corpus import CorpusSection, prepare_corpus
     from trihybrid.recipe.fields import load_section
 
     fields = {"train": source, "validation": validation, "tokenizer": tokenizer}
     corpus = prepare_corpus(load_section(CorpusSection, fields, None, "data"), out, processes)
+    corpus.tokenizer.save(out)
     for name, shards in (("train", corpus.train), ("validation", corpus.validation)):
         console.print(
             f"{name}: {shards.manifest.documents:,} documents, {len(shards):,} tokens, {shards.text_bytes:,} bytes of "

@@ -20,6 +20,7 @@ from trihybrid.models.compact.section import CompactSection
 from trihybrid.ops.fake_quantize import check_clip, integer_range
 
 FLOAT16_BITS = 16
+HIGHEST_CLIP = 64.0
 # What the file says of one tensor: name, shape, codec, place and hash as JSON.
 LEDGER_BYTES_A_TENSOR = 300
 
@@ -66,7 +67,7 @@ def fit_to_limit(
     size: Callable[[list[T]], int],
     limit: int,
     lowest: float = 3.0,
-    highest: float = 64.0,
+    highest: float = HIGHEST_CLIP,
     tolerance: float = 0.005,
 ) -> Fit[T]:
     """Quantise with the smallest clip k in [lowest, highest] whose `size` is within `limit` bytes.

@@ -160,15 +160,21 @@ def _zstd_decode_builtin(zstd: ModuleType, data: bytes, expected_size: int, wind
     return _exact(output, expected_size, decompressor.eof, bool(decompressor.unused_data))
 
 
+def _brotli() -> ModuleType:
+    brotli = _module("brotli", "brotli")
+    # What this one wrote, it could not read back.
+    if not hasattr(brotli.Decompressor, "can_accept_more_data"):
+        raise ValueError(f"codec brotli needs brotli 1.2, which can bound what it decodes; {CURE}")
+    return brotli
+
+
 def _brotli_encode(data: bytes) -> bytes:
-    return bytes(_module("brotli", "brotli").compress(data, quality=11, lgwin=24))
+    return bytes(_brotli().compress(data, quality=11, lgwin=24))
 
 
 def _brotli_decode(data: bytes, expected_size: int) -> bytes:
-    brotli = _module("brotli", "brotli")
+    brotli = _brotli()
     decompressor = brotli.Decompressor()
-    if not hasattr(decompressor, "can_accept_more_data"):
-        raise ValueError(f"codec brotli needs brotli 1.2, which can bound what it decodes; {CURE}")
     try:
         pieces = [decompressor.process(data, output_buffer_limit=expected_size + 1)]
         size = len(pieces[0])

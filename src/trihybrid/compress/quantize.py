@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from trihybrid.compress.budget import FLOAT16_BITS, Fit, fit_to_limit, stored_bits
+from trihybrid.compress.budget import FLOAT16_BITS, HIGHEST_CLIP, Fit, fit_to_limit, stored_bits
 from trihybrid.compress.gptq import gptq_round, input_moments, round_to_nearest
 from trihybrid.compress.section import CompressSection
 from trihybrid.compress.tensors import PlainTensor, QuantisedTensor
@@ -74,7 +74,8 @@ def quantise_to_limit(
             )
         logger.info("clip %s takes %s bytes, above %s: fitting", section.clip, f"{count:,}", f"{limit:,}")
         lowest = FIRST_FITTED_CLIP
-    return fit_to_limit(lambda clip: _quantise(model, section, moments, clip), size, limit, lowest)
+    highest = max(HIGHEST_CLIP, lowest)
+    return fit_to_limit(lambda clip: _quantise(model, section, moments, clip), size, limit, lowest, highest)
 
 
 def searched_scales(weight_RC: Tensor, bits: int, importance_C: Tensor | None) -> Tensor:

@@ -23,7 +23,15 @@ from .probes import mix_documents
 from .progress import DocumentProgress
 from .sentencepiece import open_tokenizer
 from .shards import MANIFEST, TokenShards, write_stream
-from .text import TRAINING, VALIDATION, assign_documents, document_files, read_documents, stream_documents
+from .text import (
+    TRAINING,
+    VALIDATION,
+    assign_documents,
+    document_files,
+    read_documents,
+    stream_documents,
+    text_suffix,
+)
 from .tokens import TextTokenizer
 
 logger = logging.getLogger(__name__)
@@ -120,6 +128,11 @@ def _sources(section: CorpusSection) -> dict[Part, _Source]:
     train = _source(section.train, "train")
     if section.validation is not None:
         validation = _source(section.validation, "validation")
+        if validation.kind != "challenge" and Path(validation.place).resolve() == Path(train.place).resolve():
+            raise ValueError(
+                f"train and validation are both {validation.place}: name other text for one of them, or set "
+                "validation to null, which splits train"
+            )
         if train.kind == validation.kind == "text" and "builtin" not in (train.place, validation.place):
             held = frozenset(file.resolve() for file in document_files(validation.place))
             train = _Source("text", train.place, without=held)
@@ -243,7 +256,8 @@ def _stream(source: _Source, section: CorpusSection) -> Iterator[str]:
 
 
 def _hash_source(part: Part, source: _Source, section: CorpusSection, tokenizer: TextTokenizer) -> str:
-    """sha256 (hex) of all that decides the content of one part: the files by their hash, not by their names."""
+    """sha256 (hex) of all that decides the content of one part: the files by their hash and
+    kind, not by their names."""
     settings: dict[str, object] = {"part": part, "kind": source.kind}
     if source.divided:
         settings |= {"validation_fraction": section.validation_fraction, "seed": section.seed}
@@ -254,7 +268,9 @@ def _hash_source(part: Part, source: _Source, section: CorpusSection, tokenizer:
     elif source.kind == "challenge":
         hashes = [_hash_file(file) for file in challenge_files(source.place, SPLITS[part])]
     else:
-        hashes = [_hash_file(file) for file in document_files(source.place, source.without)]
+        hashes = [
+            text_suffix(file) + _hash_file(file) for file in document_files(source.place, source.without)
+        ]
     return hashlib.sha256(json.dumps([tokenizer.hash, settings, hashes], sort_keys=True).encode()).hexdigest()
 
 

@@ -62,11 +62,11 @@ def document_files(source: str | Path, without: Collection[Path] = ()) -> list[P
     """
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _suffix(file) in SUFFIXES and file.is_file())
+        files = sorted(file for file in path.rglob("*") if text_suffix(file) in SUFFIXES and file.is_file())
         return [file for file in files if file.resolve() not in without]
     if not path.exists():
         raise ValueError(f'source {path} does not exist: give "builtin", {KINDS}, or a folder of them')
-    if _suffix(path) not in SUFFIXES:
+    if text_suffix(path) not in SUFFIXES:
         raise ValueError(f"source {path} is neither a folder nor {KINDS}: rename or convert it")
     return [] if path.resolve() in without else [path]
 
@@ -134,8 +134,8 @@ def assign_documents(documents: Iterable[str], validation_fraction: float, seed:
     return sides
 
 
-def _suffix(file: Path) -> str:
-    """ ".txt", ".jsonl" or another, without the compression's."""
+def text_suffix(file: Path) -> str:
+    """What a file says that it is: ".txt", ".jsonl" or another, without the compression's."""
     return Path(file.stem).suffix if file.suffix in COMPRESSIONS else file.suffix
 
 
@@ -154,7 +154,7 @@ def _stream(source: str | Path, files: list[Path]) -> Iterator[str]:
 def _read_file(file: Path) -> Iterator[str]:
     try:
         with _open(file) as stream:
-            if _suffix(file) == ".txt":
+            if text_suffix(file) == ".txt":
                 text = _decode(file, stream.read(), 0)
                 if not text.strip():
                     raise ValueError(f"{file} is empty text: remove it or fill it")

@@ -87,10 +87,7 @@ def chunked_bpb(
     limit_tokens: score the first so many tokens of the stream only, >= 2; None for all.
     ValueError for sizes out of range, token ids beyond the model's vocabulary, no bytes, a loss that is not finite.
     """
-    stream = read_stream(model, shards, limit_tokens)
-    windows = chunked_windows(len(stream), length)
-    nats = window_nats(model, stream, windows, shards.bos_id if isolated else None, batch_size)
-    return total_score(_sum(nats), stream, shards, table)
+    return sliding_bpb(model, shards, table, length, length, isolated, batch_size, limit_tokens)
 
 
 def sliding_bpb(
@@ -143,11 +140,6 @@ def stateful_bpb(
         groups = [sorted(parts, key=lambda part: part[0] - part[1])]
     nats = math.fsum(_sum(_carried_nats(model, stream, group, length)) for group in groups)
     return total_score(nats, stream, shards, table)
-
-
-def chunked_windows(tokens: int, length: int) -> Iterator[Window]:
-    """Windows of `length` side by side over a stream of `tokens`, the last one shorter; each target counts once."""
-    return sliding_windows(tokens, length, length)
 
 
 def sliding_windows(tokens: int, length: int, stride: int) -> Iterator[Window]:

@@ -57,8 +57,8 @@ class AttentionOptions:
     def __post_init__(self) -> None:
         for name in ("hidden_size", "heads", "kv_heads", "head_dim", "window"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"attention.{name} is {value}; it must be at least 1")
+            if value is not None and not 1 <= value < 2**31:
+                raise ValueError(f"attention.{name} is {value}; it must be at least 1 and below 2**31")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"attention.heads is {self.heads}; it must be a multiple of attention.kv_heads, {self.kv_heads}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trihybrid.mixers.span import Span
 from trihybrid.mixers.state import State
+from trihybrid.ops.squared_mlp import fusable, squared_mlp
 
 ROLES = ("matrix", "lowrank", "decay", "vector", "embedding", "head")
 
@@ -131,6 +132,16 @@ class Projection(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.matrix(x.dtype))
+
+
+def squared(x: Tensor, up: Projection, down: Projection, slope: float) -> Tensor:
+    """down(max(h, slope h)^2) with h = up(x): the MLP of compact models, and the token shift's key and value (slope 0).
+
+    Training takes both matrices at once; without a gradient each stands alone, where hooks can see its inputs.
+    """
+    if torch.is_grad_enabled() and fusable(x, up.weight.shape):
+        return squared_mlp(x, up.matrix(x.dtype), down.matrix(x.dtype), slope)
+    return down(nn.functional.leaky_relu(up(x), slope).square())
 
 
 def low_rank(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trihybrid.mixers.contract import Cost, Mixer, Projection, Shared, Write
+from trihybrid.mixers.contract import Cost, Mixer, Projection, Shared, Write, squared
 from trihybrid.mixers.span import Span
 from trihybrid.mixers.state import ShiftState, State
 from trihybrid.ops.token_shift import last_tokens, token_shift
@@ -63,8 +63,8 @@ class TokenShift(Mixer):
             token_shift(x_BTD, before_BKD, span.positions_BT, distance) for distance in range(1, back + 1)
         ]
         r_BTD = self.receptance(self._blend(x_BTD, shifts, self.mix_r, "taps_r"))
-        k_BTD = torch.relu(self.key(self._blend(x_BTD, shifts, self.mix_k, "taps_k"))).square()
-        y_BTD = torch.sigmoid(r_BTD) * self.value(k_BTD)
+        z_BTD = self._blend(x_BTD, shifts, self.mix_k, "taps_k")
+        y_BTD = torch.sigmoid(r_BTD) * squared(z_BTD, self.key, self.value, slope=0.0)
         return y_BTD, ShiftState(last_tokens(x_BTD, before_BKD, back))
 
     def _blend(self, x_BTD: Tensor, shifts: list[Tensor], mix_D: Tensor, taps: str) -> Tensor:

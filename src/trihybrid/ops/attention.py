@@ -67,9 +67,9 @@ def block_attention(
     O(T window). Everywhere else a mask is made.
     """
     length = q_BTHD.shape[1]
-    windowed = window is not None and window < length
+    plain = not borders and (window is None or window >= length)
     half = q_BTHD.is_cuda and q_BTHD.dtype in (torch.bfloat16, torch.float16)
-    if half and not windowed and not borders:
+    if half and plain:
         q_BHTD, k_BGTD, v_BGTD = q_BTHD.transpose(1, 2), k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2)
         o_BHTD = F.scaled_dot_product_attention(
             q_BHTD, k_BGTD, v_BGTD, is_causal=True, scale=scale, enable_gqa=True
@@ -77,12 +77,10 @@ def block_attention(
         return o_BHTD.transpose(1, 2)
     if fits(q_BTHD, k_BTGD):
         return window_attention(q_BTHD, k_BTGD, v_BTGD, positions_BT, window or length, scale)
-    distance_TT = torch.arange(length, device=q_BTHD.device)[:, None] - torch.arange(
-        length, device=q_BTHD.device
-    )
-    reach_BT = positions_BT if window is None else positions_BT.clamp(max=window - 1)
-    visible_BTS = (distance_TT >= 0) & (distance_TT <= reach_BT[:, :, None])
-    plain = not windowed and not borders
-    return attention(
-        q_BTHD, k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2), None if plain else visible_BTS, scale
-    )
+    visible_BTS = None
+    if not plain:
+        place_T = torch.arange(length, device=q_BTHD.device)
+        distance_TT = place_T[:, None] - place_T
+        reach_BT = positions_BT if window is None else positions_BT.clamp(max=window - 1)
+        visible_BTS = (distance_TT >= 0) & (distance_TT <= reach_BT[:, :, None])
+    return attention(q_BTHD, k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2), visible_BTS, scale)

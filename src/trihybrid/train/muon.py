@@ -5,8 +5,9 @@ X <- a X + (b A + c A A) X with A = X X^T. torch.optim.Muon does this matrix by 
 as much as a third of a small model's step; here every shape is one batch, in float32 on a CPU and bfloat16 on a GPU.
 Several workers share a batch: each iterates on its part, then all have all of it.
 
-The momentum is a running mean, m <- mu m + (1 - mu) g, and the update (1 - mu) g + mu m: those of the usual sum
-m <- mu m + g times 1 - mu, which the iteration's normalisation takes out again.
+The momentum is a sum, m <- mu m + g, and the update g + mu m, as in Keller Jordan's. torch's running mean,
+m <- mu m + (1 - mu) g, is 1 - mu times that, which the iteration's normalisation takes out again, but only while mu
+stays: where mu is warmed up, the mean holds on to the gradients of its smaller beginnings.
 
 Legend: N matrices, R rows, C columns (R <= C inside the iteration).
 """
@@ -97,9 +98,13 @@ class Muon(torch.optim.Optimizer):
 
     def _momenta(self, parameters: list[Tensor], decay: float) -> list[Tensor]:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in parameters]
-        torch._foreach_lerp_(buffers, gradients, 1 - decay)
-        return list(torch._foreach_lerp(gradients, buffers, decay))
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_mul_(buffers, decay)
+        torch._foreach_add_(buffers, gradients)
+        return list(torch._foreach_add(gradients, buffers, alpha=decay))
 
     def _direction(self, matrix_NRC: Tensor, steps: int) -> Tensor:
         """The orthogonalised batch; among several workers each works on its part of it."""

@@ -44,6 +44,8 @@ def test_survives_yaml() -> None:
     ("change", "message"),
     [
         ({"hidden_size": 0}, "hidden_size"),
+        ({"heads": 2**40, "kv_heads": 2**40}, "heads"),
+        ({"pattern": "R", "rwkv7": {"head_dim": 2**40}}, "head_dim"),
         ({"hiden_size": 8}, "hiden_size"),
         ({"softcap": 0.0}, "softcap"),
         ({"bigram_scale": float("nan")}, "bigram_scale"),
@@ -66,6 +68,7 @@ def test_survives_yaml() -> None:
         (last({"mixer": "sliding", "window": True}), "window of .* is True; it must be"),
         (last({"mixer": "sliding", "window": "8"}), "window of .* is '8'; it must be"),
         (last({"mixer": "sliding", "window": 0}), r"attention\.window is 0"),
+        (last({"mixer": "sliding", "window": 2**70}), r"attention\.window is 1180591620717411303424"),
         ({"heads": 3}, r"attention\.heads is 3; it must be a multiple of attention\.kv_heads, 2"),
         ({"rope_dims": 3}, r"attention\.rope_dims is 3"),
         ({"pattern": "R", "rwkv7": {"heads": 3}}, r"rwkv7\.heads is 3"),

@@ -11,10 +11,10 @@ Legend: B batch, T time, D model width.
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import leaky_relu, rms_norm
+from torch.nn.functional import rms_norm
 
 from trihybrid.mixers.attention import Attention, AttentionOptions
-from trihybrid.mixers.contract import Mixer, Projection, Shared, Write
+from trihybrid.mixers.contract import Mixer, Projection, Shared, Write, squared
 from trihybrid.mixers.rwkv7 import Rwkv7, Rwkv7Options
 from trihybrid.mixers.span import Span
 from trihybrid.mixers.state import State
@@ -22,7 +22,6 @@ from trihybrid.mixers.tica import Tica, TicaOptions
 from trihybrid.mixers.token_shift import TokenShift, TokenShiftOptions
 from trihybrid.models.compact.section import CompactSection
 from trihybrid.models.pattern import Slot
-from trihybrid.ops.squared_mlp import fusable, squared_mlp
 
 EPSILON = 1e-6
 
@@ -37,11 +36,7 @@ class Mlp(nn.Module):
         self.down = Projection(inner, hidden, scaled)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        # Training takes both matrices at once; without a gradient each stands alone, where hooks can see its inputs.
-        if torch.is_grad_enabled() and fusable(x_BTD, self.up.weight.shape):
-            up_ID, down_DI = self.up.matrix(x_BTD.dtype), self.down.matrix(x_BTD.dtype)
-            return squared_mlp(x_BTD, up_ID, down_DI, self.slope)
-        return self.down(leaky_relu(self.up(x_BTD), self.slope).square())
+        return squared(x_BTD, self.up, self.down, self.slope)
 
 
 class Block(nn.Module):

@@ -111,9 +111,16 @@ class Quantiser(nn.Module):
         self.bits, self.clip, self.floor = bits, clip, floor
         self.active: Tensor
         self.register_buffer("active", torch.zeros((), device=device), persistent=False)
+        self._on = False
 
     def forward(self, weight: Tensor) -> Tensor:
         return fake_quantize(weight, self.bits, self.clip, self.active, self.floor)
+
+    def switch(self, on: bool) -> None:
+        """Set `active`, in place; a GPU hears of changes only."""
+        if on != self._on:
+            self._on = on
+            self.active.fill_(float(on))
 
 
 class CompactModel(nn.Module):
@@ -265,7 +272,7 @@ class CompactModel(nn.Module):
         """Switch the quantisers, in place: a compiled graph sees it."""
         for projection in self.projections().values():
             if isinstance(projection.quantiser, Quantiser):
-                projection.quantiser.active.fill_(float(active))
+                projection.quantiser.switch(active)
 
     def cost(self, context: int) -> Cost:
         """Cost of the token that follows `context - 1` others, head included; weights in 2 bytes, one row of each table

@@ -33,22 +33,22 @@ class Rwkv7Section(BaseModel):
     """Sizes of RWKV-7 slots."""
 
     model_config = ConfigDict(extra="forbid")
-    heads: int = Field(default=8, ge=1, description="heads of the recurrence")
-    kv_heads: int = Field(default=4, ge=1, description="key and value heads, a divisor of heads")
-    head_dim: int = Field(default=64, ge=1, description="channels a head")
-    decay_rank: int = Field(default=32, ge=1, description="rank of the decay's low-rank product")
-    iclr_rank: int = Field(default=32, ge=1, description="rank of the in-context learning rate's")
-    gate_rank: int = Field(default=64, ge=1, description="rank of the gate's")
+    heads: int = Field(default=8, ge=1, le=1024, description="heads of the recurrence")
+    kv_heads: int = Field(default=4, ge=1, le=1024, description="key and value heads, a divisor of heads")
+    head_dim: int = Field(default=64, ge=1, le=4096, description="channels a head")
+    decay_rank: int = Field(default=32, ge=1, le=4096, description="rank of the decay's low-rank product")
+    iclr_rank: int = Field(default=32, ge=1, le=4096, description="rank of the in-context learning rate's")
+    gate_rank: int = Field(default=64, ge=1, le=4096, description="rank of the gate's")
 
 
 class TicaSection(BaseModel):
     """Sizes of TICA slots."""
 
     model_config = ConfigDict(extra="forbid")
-    heads: int = Field(default=4, ge=1, description="query heads")
-    kv_heads: int = Field(default=2, ge=1, description="key and value heads, a divisor of heads")
-    head_dim: int = Field(default=64, ge=1, description="channels a head")
-    gate_rank: int = Field(default=64, ge=1, description="rank of the gate's low-rank product")
+    heads: int = Field(default=4, ge=1, le=1024, description="query heads")
+    kv_heads: int = Field(default=2, ge=1, le=1024, description="key and value heads, a divisor of heads")
+    head_dim: int = Field(default=64, ge=1, le=4096, description="channels a head")
+    gate_rank: int = Field(default=64, ge=1, le=4096, description="rank of the gate's low-rank product")
 
 
 class CompactSection(BaseModel):
@@ -63,11 +63,11 @@ class CompactSection(BaseModel):
         description="letter -> mixer, mixers, or a mapping of mixer and options",
     )
 
-    heads: int = Field(default=8, ge=1, description="query heads of every attention")
-    kv_heads: int = Field(default=4, ge=1, description="key and value heads, a divisor of heads")
-    head_dim: int = Field(default=64, ge=1, description="channels a head")
+    heads: int = Field(default=8, ge=1, le=1024, description="query heads of every attention")
+    kv_heads: int = Field(default=4, ge=1, le=1024, description="key and value heads, a divisor of heads")
+    head_dim: int = Field(default=64, ge=1, le=4096, description="channels a head")
     rope_dims: int = Field(
-        default=16, ge=0, description="rotated channels of a head (even), the first ones; 0 for none"
+        default=16, ge=0, le=4096, description="rotated channels of a head (even), the first ones; 0 for none"
     )
     rope_base: float = Field(default=1e4, gt=1, description="base of the rotary frequencies")
     rope_frequencies: Literal["head", "rotated"] = Field(
@@ -87,13 +87,20 @@ class CompactSection(BaseModel):
     )
 
     bigram_buckets: int = Field(
-        default=2048, ge=0, description="rows of BigramHash, one of them for document starts; 0 for none"
+        default=2048,
+        ge=0,
+        le=2**24,
+        description="rows of BigramHash, one of them for document starts; 0 for none",
     )
-    bigram_width: int = Field(default=128, ge=1, description="columns of BigramHash before its projection")
+    bigram_width: int = Field(
+        default=128, ge=1, le=16384, description="columns of BigramHash before its projection"
+    )
     bigram_scale: float = Field(default=0.05, description="initial factor of BigramHash")
     smear: bool = Field(default=True, description="SmearGate after the embedding norm")
     smear_start: float = Field(default=0.0, description="initial gate before the logistic function")
-    value_embedding_width: int = Field(default=128, ge=1, description="columns of the value embedding")
+    value_embedding_width: int = Field(
+        default=128, ge=1, le=16384, description="columns of the value embedding"
+    )
     value_embedding_layers: list[int] = Field(
         default_factory=lambda: [10],
         description="layers whose values get it, each with a factor of its own; ignored where there is no attention",
