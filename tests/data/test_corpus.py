@@ -66,7 +66,7 @@ def test_validation_files_inside_the_training_folder_are_not_trained_on(
     assert (made.train.manifest.documents, made.validation.manifest.documents) == (30, 5)
     same_file = {"train": str(text / "train" / "0.jsonl"), "validation": str(text / "train" / "0.jsonl")}
     for update in (same_file, {"train": "builtin", "validation": "builtin"}):
-        with pytest.raises(ValueError, match="train and validation are both .* set validation to null"):
+        with pytest.raises(ValueError, match=r"train and validation are both .* set validation to null"):
             prepare_corpus(section.model_copy(update=update), tmp_path / "same")
 
 

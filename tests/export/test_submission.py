@@ -5,13 +5,14 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from trihybrid.export.bundle import build_bundle
-from trihybrid.export.submission import write_submission
+from trihybrid.export.submission import requirements, write_submission
 from trihybrid.run import hash_file
 from trihybrid.run.code import code_hash
 
@@ -87,6 +88,14 @@ def test_what_a_submission_holds(runs: list[Path], tmp_path: Path) -> None:
     )
     assert f"| margin | {16_000_000 - fields['bytes_total']:,} |" in readme
     assert "torch==" in (made.path / "requirements.txt").read_text()
+
+
+@pytest.mark.parametrize(("kind", "needed"), [("bytes", False), ("sentencepiece", True)])
+def test_the_tokenizers_library_is_required_by_kind_wherever_its_file_lies(kind: str, needed: bool) -> None:
+    ledger = SimpleNamespace(configuration={"tokenizer": {"kind": kind}}, tensors=[])
+    lines = requirements([SimpleNamespace(head={"torch": "2.13.0+cu130"}, ledger=ledger)]).splitlines()
+    assert ("sentencepiece" in lines) == needed
+    assert "torch==2.13.0" in lines
 
 
 def test_a_log_says_first_what_ran_and_then_every_step(runs: list[Path], tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def test_what_decides_the_result_makes_another_experiment(override: str) -> None
     [
         ("kind=distill", "kind: Input should be 'compact'"),
         ("evaluation.stride=2000", "evaluation: Value error, stride is 2000, must not exceed length"),
+        ("evaluation.adaptation={stride: 2000}", "adaptation.stride is 2000, must not exceed length"),
         ("train.quantise_from=1.5", "train.quantise_from: Input should be less than or equal to 1"),
         ("train.precision=float16", "train.precision: Input should be 'auto', 'float32' or 'bfloat16'"),
         ("model.depth=3", "model.depth: Extra inputs are not permitted"),

@@ -1,6 +1,5 @@
 """An artifact: a compact model in one file, with the account of its bytes. Torch outside, `container` inside."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from trihybrid.compress.container import StoredTensor, encode_container, read_container
 from trihybrid.compress.ledger import MOST_ELEMENTS, Ledger
 from trihybrid.compress.tensors import PlainTensor, QuantisedTensor
+from trihybrid.data.shards import write_atomically
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,7 @@ def write_artifact(
     ledger, pieces = encode_container(
         [_stored(tensor) for tensor in tensors], configuration, code_bytes, codec
     )
-    path = Path(path)
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("wb") as file:
-        file.writelines(pieces)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(Path(path), b"".join(pieces))
     return ledger
 
 

@@ -22,7 +22,7 @@ from .encode import encode_documents
 from .probes import mix_documents
 from .progress import DocumentProgress
 from .sentencepiece import open_tokenizer
-from .shards import MANIFEST, TokenShards, write_stream
+from .shards import MANIFEST, TokenShards, existing_shards, write_stream
 from .text import (
     TRAINING,
     VALIDATION,
@@ -184,15 +184,8 @@ def _part(
         return shards
     target = folder / part
     source_hash = _hash_source(part, source, section, tokenizer)
-    if (target / MANIFEST).exists():
-        shards = TokenShards(target)
-        if shards.manifest.source_hash == source_hash:
-            return shards
-        if not replace:
-            raise ValueError(
-                f"{target} was made of other text or settings; restore them, or start a new run directory"
-            )
-        logger.info("data: %s was made of other text or settings, building it again", target)
+    if (found := existing_shards(target, source_hash, replace)) is not None:
+        return found
     if source.kind == "challenge":
         shards = import_challenge(source.place, SPLITS[part], target, tokenizer, source_hash)
     else:

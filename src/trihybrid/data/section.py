@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -11,11 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .probes import RecallDocument, RecallSet, encode_probe, mix_documents, recall_documents
 from .sentencepiece import open_tokenizer
-from .shards import MANIFEST, TokenShards, write_shards
+from .shards import TokenShards, existing_shards, write_shards
 from .text import read_documents, split_documents
 from .tokens import TextTokenizer
-
-logger = logging.getLogger(__name__)
 
 MEASURED_DOCUMENTS = 64  # documents whose mean length says how many make up a fraction
 
@@ -120,11 +117,11 @@ def prepare(section: DataSection, folder: str | Path, replace: bool = True) -> P
 
     mixture = section.recall.model_dump(exclude={"evaluation_documents"}) | {"seed": section.seed}
     train_hash = _hash_input(tokenizer, mixture, training)
-    train = _existing(folder / "train", train_hash, replace)
+    train = existing_shards(folder / "train", train_hash, replace)
     if train is None:
         train = _write(folder / "train", _with_recall(section, tokenizer, training), tokenizer, train_hash)
     validation_hash = _hash_input(tokenizer, {}, validation)
-    held = _existing(folder / "validation", validation_hash, replace)
+    held = existing_shards(folder / "validation", validation_hash, replace)
     if held is None:
         held = _write(folder / "validation", validation, tokenizer, validation_hash)
     return PreparedData(tokenizer, train, held, validation, recall)
@@ -165,21 +162,6 @@ def _hash_input(tokenizer: TextTokenizer, settings: dict[str, object], texts: li
         content = text.encode()
         digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()
-
-
-def _existing(folder: Path, source_hash: str, replace: bool) -> TokenShards | None:
-    """The shards in the folder if they were made of this input, else None; a ValueError if they may not be replaced."""
-    if not (folder / MANIFEST).exists():
-        return None
-    shards = TokenShards(folder)
-    if shards.manifest.source_hash == source_hash:
-        return shards
-    if not replace:
-        raise ValueError(
-            f"{folder} was made of other text or settings; restore them, or start a new run directory"
-        )
-    logger.info("data: %s was made of other text or settings, building it again", folder)
-    return None
 
 
 def _write(folder: Path, texts: list[str], tokenizer: TextTokenizer, source_hash: str) -> TokenShards:

@@ -7,6 +7,7 @@ without it was never finished.
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,8 @@ from typing import Any, Final, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+logger = logging.getLogger(__name__)
 
 FORMAT: Final = 1
 MANIFEST = "manifest.json"
@@ -265,6 +268,26 @@ class TokenShards:
                 pending = [piece]
         if pending:
             yield np.concatenate(pending)
+
+
+def existing_shards(folder: Path, source_hash: str, replace: bool) -> TokenShards | None:
+    """The shards in a folder where they were made of this input; None, with one log line, where others may be replaced,
+    or where there are none.
+
+    Raises:
+        ValueError: for shards that fail their check, or of another input where `replace` is False.
+    """
+    if not (folder / MANIFEST).exists():
+        return None
+    shards = TokenShards(folder)
+    if shards.manifest.source_hash == source_hash:
+        return shards
+    if not replace:
+        raise ValueError(
+            f"{folder} was made of other text or settings; restore them, or start a new run directory"
+        )
+    logger.info("data: %s was made of other text or settings, building it again", folder)
+    return None
 
 
 def _check_ids(vocab_size: int, bos_id: int) -> None:

@@ -179,7 +179,7 @@ def requirements(runs: Sequence[CheckedRun]) -> str:
     versions = {str(run.head.get("torch", "")).partition("+")[0] for run in runs}
     if len(versions) == 1 and (version := versions.pop()):
         lines["torch"] = f"torch=={version}"
-    if runs[0].recipe.data.tokenizer.endswith(".model"):
+    if runs[0].ledger.configuration["tokenizer"]["kind"] == "sentencepiece":
         lines["sentencepiece"] = "sentencepiece"
     codecs = {part.codec for run in runs for tensor in run.ledger.tensors for part in tensor.parts}
     lines |= {codec: library for codec, library in CODEC_LIBRARIES.items() if codec in codecs}

@@ -49,9 +49,11 @@ class CompactEvaluationSection(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _stride_fits(self) -> "CompactEvaluationSection":
-        if self.stride > self.length:
-            raise ValueError(f"stride is {self.stride}, must not exceed length ({self.length}); lower it")
+    def _strides_fit(self) -> "CompactEvaluationSection":
+        adapted = self.adaptation and self.adaptation.stride
+        for name, stride in (("stride", self.stride), ("adaptation.stride", adapted or 1)):
+            if stride > self.length:
+                raise ValueError(f"{name} is {stride}, must not exceed length ({self.length}); lower it")
         return self
 
 

@@ -293,7 +293,7 @@ def test_uniform_start_leaves_zeros_alone() -> None:
         bound = projection.in_features**-0.5
         top = projection.weight.detach().abs().max().item()
         assert top == 0 or 0.6 * bound < top <= bound, name
-    assert not model.blocks[0].mixers[0].value.weight.any()
+    assert model.blocks[0].mixers[0].key.weight.any() and not model.blocks[0].mixers[0].value.weight.any()
 
 
 def test_copies_are_independent() -> None:
