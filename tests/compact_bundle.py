@@ -30,7 +30,7 @@ def micro_recipe(text: Path, seed: int = 0) -> CompactRecipe:
                 "quantise_from": 0.5,
             },
             "compress": {"small_tensor_elements": 64, "calibration_tokens": 256, "codec": "zlib", "fit": False},
-            "evaluation": {"length": 64, "stride": 32, "sliding": True, "batch_size": 4},
+            "evaluation": {"length": 64, "stride": 32, "sliding": True, "stateful": True, "batch_size": 4},
         }
     )  # fmt: skip
 

@@ -112,9 +112,9 @@ def test_kinds_of_tokenizers() -> None:
 
 def test_scoring_the_run_s_own_shards_gives_the_run_s_own_score(compact_run: Path) -> None:
     results = json.loads((compact_run / "results.json").read_text())
-    section = CompactEvaluationSection(length=64, stride=32, sliding=True, batch_size=4)
+    section = CompactEvaluationSection(length=64, stride=32, sliding=True, stateful=True, batch_size=4)
     row = evaluate_artifact(compact_run / "model.artifact", str(compact_run / "data" / "validation"), section)
-    assert row["bpb"] == {name: results["bpb"][name] for name in ("chunked", "sliding")}
+    assert row["bpb"] == {name: results["bpb"][name] for name in ("chunked", "sliding", "stateful")}
     assert (row["parameters"], row["bytes"]) == (results["parameters"], results["artifact"]["bytes"])
     assert row["recipe_hash"] == results["config_hash"]
 

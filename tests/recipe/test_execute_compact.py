@@ -91,7 +91,8 @@ def test_the_score_is_that_of_the_reloaded_file(compact_run: Path, compact_recip
     )
     assert results["gap"] != 0 and abs(results["gap"]) < 0.05
     assert found["decoded"] < 8.03  # log2(260), the start
-    assert results["bpb"]["sliding"]["decoded"] != found["decoded"]
+    ways = ("chunked", "sliding", "stateful")
+    assert len({results["bpb"][way]["decoded"] for way in ways}) == len(ways)
 
 
 def test_the_log_begins_with_what_ran(compact_run: Path) -> None:

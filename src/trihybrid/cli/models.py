@@ -44,6 +44,9 @@ def evaluate_command(
     isolated: Annotated[
         bool, typer.Option("--isolated", help="Start anew at every document (artifact).")
     ] = False,
+    stateful: Annotated[
+        bool, typer.Option("--stateful", help="Score with states carried between windows too (artifact).")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as one JSON object.")] = False,
 ) -> None:
     """Measure a model: bits per byte; of a folder also KL and agreement with a teacher, recall, loss by position."""
@@ -56,16 +59,16 @@ def evaluate_command(
 
         fields = {
             "length": length or 1024, "sliding": sliding, "stride": stride, "isolated": isolated,
-            "validation_tokens": tokens,
+            "stateful": stateful, "validation_tokens": tokens,
         }  # fmt: skip
         section = load_section(CompactEvaluationSection, fields, None, "eval")
         row = evaluate_artifact(model, text, section, tokenizer)
         table = score_table(model.name, row)
     else:
-        if tokenizer is not None or sliding or isolated:
+        if tokenizer is not None or sliding or isolated or stateful:
             raise ValueError(
-                f"{model}: --tokenizer, --sliding and --isolated are for the file of an artifact; give one, or leave "
-                "them away"
+                f"{model}: --tokenizer, --sliding, --isolated and --stateful are for the file of an artifact; give "
+                "one, or leave them away"
             )
         from trihybrid.recipe.evaluate_folder import evaluate_folder
 

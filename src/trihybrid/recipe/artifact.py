@@ -18,7 +18,7 @@ from trihybrid.data.shards import MANIFEST, TokenShards, write_shards
 from trihybrid.data.text import read_documents
 from trihybrid.data.tokens import TextTokenizer, Tokenizer
 from trihybrid.evaluate.causality import check_causality
-from trihybrid.evaluate.stream import StreamScore, chunked_bpb, sliding_bpb
+from trihybrid.evaluate.stream import StreamScore, chunked_bpb, sliding_bpb, stateful_bpb
 from trihybrid.models.compact.model import CompactModel
 from trihybrid.models.compact.section import CompactSection
 from trihybrid.recipe.compact import CompactEvaluationSection, CompactRecipe
@@ -129,16 +129,18 @@ def tokenizer_kind(tokenizer: TextTokenizer) -> str:
 def score(
     model: CompactModel, tokenizer: TextTokenizer, shards: TokenShards, section: CompactEvaluationSection
 ) -> dict[str, dict[str, Any] | None]:
-    """Bits per byte of a model: {"chunked": score, "sliding": score or None}, each a `StreamScore` as a dict."""
-    table = byte_lengths(tokenizer)
-    limit = section.validation_tokens
-    chunked = chunked_bpb(model, shards, table, section.length, section.isolated, section.batch_size, limit)
-    sliding: StreamScore | None = None
+    """Bits per byte of a model: {"chunked": score, "sliding": score or None, "stateful": score or None}, each a
+    `StreamScore` as a dict."""
+    table, size, limit = byte_lengths(tokenizer), section.batch_size, section.validation_tokens
+    scores: dict[str, StreamScore | None] = {"sliding": None, "stateful": None}
+    scores["chunked"] = chunked_bpb(model, shards, table, section.length, section.isolated, size, limit)
     if section.sliding:
-        sliding = sliding_bpb(
-            model, shards, table, section.length, section.stride, section.isolated, section.batch_size, limit
+        scores["sliding"] = sliding_bpb(
+            model, shards, table, section.length, section.stride, section.isolated, size, limit
         )
-    return {"chunked": asdict(chunked), "sliding": None if sliding is None else asdict(sliding)}
+    if section.stateful:
+        scores["stateful"] = stateful_bpb(model, shards, table, section.length, section.isolated, size, limit)
+    return {name: None if found is None else asdict(found) for name, found in scores.items()}
 
 
 def check_artifact(model: CompactModel, shards: TokenShards) -> float:
@@ -164,7 +166,7 @@ def evaluate_artifact(
         tokenizer: see `find_tokenizer`.
 
     Returns:
-        {"parameters", "bytes", "recipe_hash", "bpb": {"chunked", "sliding"}}.
+        {"parameters", "bytes", "recipe_hash", "bpb": as `score` has it}.
 
     Raises:
         ValueError: a file, tokenizer or text that does not serve, or a model that looks ahead.
@@ -196,7 +198,10 @@ def rescore_run(artifact: LoadedArtifact, recipe: CompactRecipe, run: Path) -> d
     else:  # a run that was given shards uses them where they lie
         shards = prepare_corpus(recipe.data, run / "data", replace=False).validation
     measured = score(
-        artifact.model, tokenizer, shards, recipe.evaluation.model_copy(update={"sliding": False})
+        artifact.model,
+        tokenizer,
+        shards,
+        recipe.evaluation.model_copy(update={"sliding": False, "stateful": False}),
     )
     assert measured["chunked"] is not None
     return measured["chunked"]

@@ -33,6 +33,11 @@ class CompactEvaluationSection(BaseModel):
     model_config = ConfigDict(extra="forbid")
     length: int = Field(default=1024, ge=2, le=2**20, description="tokens of a window")
     sliding: bool = Field(default=False, description="score with overlapping windows too")
+    stateful: bool = Field(
+        default=False,
+        description="score with the states of all mixers carried from window to window too; isolated: to the end of "
+        "each document, otherwise through the stream",
+    )
     stride: int = Field(
         default=64, ge=1, le=2**20, description="tokens between overlapping windows; <= length"
     )

@@ -40,7 +40,7 @@ def measure(
     section = recipe.evaluation
     check_artifact(artifact.model, corpus.validation)
     bpb = score(artifact.model, corpus.tokenizer, corpus.validation, section)
-    plain = section.model_copy(update={"sliding": False})
+    plain = section.model_copy(update={"sliding": False, "stateful": False})
     before = score(trained, corpus.tokenizer, corpus.validation, plain)["chunked"]
     assert bpb["chunked"] is not None and before is not None
     adaptation = None

@@ -22,7 +22,7 @@ SCORE_HEADS = (
 SCORE_NOTE = (
     "Bits per byte count the decoded bytes of the validation text, bits per raw byte those of its file, where all of "
     "it was scored; lower is better. Plain windows stand side by side; sliding ones overlap, so that nearly every "
-    "token has a long context. The artifact is what was read back from its file."
+    "token has a long context; stateful ones go on from each other. The artifact is what was read back from its file."
 )
 LEDGER_HEADS = ("Part", "Tensors", "Weights", "Bytes", "Share", "Bits a weight")
 
@@ -97,8 +97,9 @@ def _quality(run: RunRecord) -> Markup:
         _score("Trained", "plain", object_of(scores, "chunked_before_quantisation")),
         _score("Artifact", "plain", object_of(scores, "chunked")),
     ]
-    if scores.get("sliding") is not None:
-        rows.append(_score("Artifact", "sliding", object_of(scores, "sliding")))
+    for way in ("sliding", "stateful"):
+        if scores.get(way) is not None:
+            rows.append(_score("Artifact", way, object_of(scores, way)))
     adaptation = object_of(run.compact, "adaptation")
     if adaptation:
         rows.append(_score(f"Artifact, {adaptation.get('label')}", "plain", adaptation))
