@@ -150,11 +150,6 @@ class Attention(Mixer):
         if self.options.value_residual:
             write(self.residual, torch.full((2,), 0.5))
 
-    def roles(self) -> dict[str, str]:
-        return {
-            name: "matrix" if name.endswith("weight") else "vector" for name, _ in self.named_parameters()
-        }
-
     def new_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> KeyValueState:
         shape = (batch, self.options.kv_heads, 0, self.options.head_dim)
         empty = torch.zeros(shape, device=device, dtype=dtype)

@@ -84,8 +84,11 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def roles(self) -> dict[str, str]:
-        """Parameter name -> role, one of `ROLES`, for every parameter."""
-        raise NotImplementedError
+        """Parameter name -> role, one of `ROLES`, for every parameter: weights are matrices, the rest vectors, unless a
+        mixer says otherwise."""
+        return {
+            name: "matrix" if name.endswith("weight") else "vector" for name, _ in self.named_parameters()
+        }
 
     def new_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> State | None:
         """The state before the first token. `dtype` is that of keys and values; a recurrence stays float32 or wider.

@@ -91,11 +91,6 @@ class TokenShift(Mixer):
             for taps in (self.taps_r, self.taps_k):
                 write(taps, -torch.arange(self.options.back, dtype=torch.float32)[:, None].expand(taps.shape))
 
-    def roles(self) -> dict[str, str]:
-        return {
-            name: "matrix" if name.endswith("weight") else "vector" for name, _ in self.named_parameters()
-        }
-
     def new_state(self, batch: int, device: torch.device | str, dtype: torch.dtype) -> ShiftState:
         shape = (batch, self.options.back, self.options.hidden_size)
         return ShiftState(torch.zeros(shape, device=device, dtype=dtype))
