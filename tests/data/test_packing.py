@@ -65,17 +65,17 @@ def test_a_batch_depends_on_the_step_alone(shards: TokenShards) -> None:
     other = PackedBatches(shards, 7, 4, seed=5)
     for step in [29, 0, 17, 17, 3, 28, 1]:
         assert torch.equal(other.batch(step).tokens_BT, expected[step])
-    assert forward.epoch_of(29) == 29 * 4 // forward.windows == 4
+    assert 29 * 4 // forward.windows == 4  # the last steps lie in a later epoch
     different = PackedBatches(shards, 7, 4, seed=6)
-    assert [forward.windows_of(step) for step in range(6)] != [
-        different.windows_of(step) for step in range(6)
+    assert [forward.windows_of(step).tolist() for step in range(6)] != [
+        different.windows_of(step).tolist() for step in range(6)
     ]
 
 
 def test_the_order_is_pinned(tmp_path: Path) -> None:
     """Numbers that must never change: a run resumed with another numpy would see other data."""
     batches = PackedBatches(shards_of(tmp_path, [100]), 10, 5, seed=1)
-    assert [batches.windows_of(step) for step in range(4)] == [
+    assert [batches.windows_of(step).tolist() for step in range(4)] == [
         [3, 5, 2, 9, 7],
         [0, 8, 6, 1, 4],
         [0, 6, 5, 3, 4],

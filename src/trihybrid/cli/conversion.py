@@ -9,7 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from trihybrid.cli.frame import DryRun, Out, Overrides, Resume, app, complain, console, results_table
+from trihybrid.cli.frame import (
+    DryRun,
+    Out,
+    Overrides,
+    RecipeName,
+    RecipeOut,
+    Resume,
+    app,
+    complain,
+    console,
+    results_table,
+)
 
 
 @app.command()
@@ -39,10 +50,8 @@ def demo(
 
 @app.command()
 def distill(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Run directory; runs/<recipe name> if not given.")
-    ] = None,
+    recipe: RecipeName,
+    out: RecipeOut = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
     resume: Resume = False,

@@ -27,6 +27,10 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Change a field, as `stages.0.loop.steps=50`; repeat it.")
 ]
 Out = Annotated[Path, typer.Option("--out", help="Run directory.")]
+RecipeName = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
+RecipeOut = Annotated[
+    Path | None, typer.Option("--out", help="Run directory; runs/<recipe name> if not given.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what the run directory holds.")]
 

@@ -8,17 +8,23 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from trihybrid.cli.frame import DryRun, Overrides, Resume, app, complain, console, score_table
-
-RecipeName = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
+from trihybrid.cli.frame import (
+    DryRun,
+    Overrides,
+    RecipeName,
+    RecipeOut,
+    Resume,
+    app,
+    complain,
+    console,
+    score_table,
+)
 
 
 @app.command()
 def train(
     recipe: RecipeName,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Run directory; runs/<recipe name> if not given.")
-    ] = None,
+    out: RecipeOut = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
     resume: Resume = False,

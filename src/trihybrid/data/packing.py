@@ -120,14 +120,6 @@ class PackedBatches:
         """Windows in the stream: rows of one epoch."""
         return self._windows
 
-    def epoch_of(self, step: int) -> int:
-        """Epoch, from 0, of the first row of this step."""
-        return step * self._batch_size // self._windows
-
-    def windows_of(self, step: int) -> list[int]:
-        """Numbers of the windows in the global batch of this step, in the order of its rows."""
-        return self._windows_of(step).tolist()
-
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The batch of a step, counted from 0: all of it, or its rows rank, rank + world, ...
 
@@ -141,11 +133,12 @@ class PackedBatches:
                 "and a batch_size that world divides"
             )
         length = self._sequence_length
-        windows = self._windows_of(step)[rank::world]
+        windows = self.windows_of(step)[rank::world]
         return _as_batch(self._shards.rows(windows * length, length + 1), self._shards.bos_id)
 
-    def _windows_of(self, step: int) -> np.ndarray:
-        """int64 [batch_size]: as `windows_of`."""
+    def windows_of(self, step: int) -> np.ndarray:
+        """Numbers of the windows in the global batch of this step, in the order of its rows, int64 [batch_size].
+        ValueError for a negative step."""
         if step < 0:
             raise ValueError(f"step is {step}, must be at least 0")
         row, end = step * self._batch_size, (step + 1) * self._batch_size

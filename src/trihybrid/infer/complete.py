@@ -1,11 +1,10 @@
 """Continuing a text with transformers' `generate`."""
 
-import math
-
 import torch
 from transformers import PreTrainedModel
 
 from trihybrid.data.tokens import TextTokenizer
+from trihybrid.infer.section import check_sampling
 
 
 def complete(
@@ -31,14 +30,7 @@ def complete(
     Raises:
         ValueError: a count, temperature or seed out of range.
     """
-    if tokens < 1 or top_k < 1:
-        raise ValueError(f"tokens is {tokens} and top_k {top_k}; both must be at least 1")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(
-            f"temperature is {temperature}; it must be 0 (likeliest token) or a finite number above"
-        )
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}; it must lie in 0 to 2**63 - 1")
+    check_sampling(tokens, temperature, top_k, seed)
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_k": top_k}
         if temperature

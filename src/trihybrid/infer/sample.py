@@ -3,13 +3,13 @@
 Legend: B batch, T tokens, V vocabulary.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from trihybrid.data.tokens import TextTokenizer
+from trihybrid.infer.section import check_sampling
 from trihybrid.mixers.span import contiguous
 from trihybrid.models.compact.model import CompactModel
 
@@ -37,14 +37,7 @@ def sample(
     Raises:
         ValueError: a count, temperature or seed out of range.
     """
-    if tokens < 1 or top_k < 1:
-        raise ValueError(f"tokens is {tokens} and top_k {top_k}; both must be at least 1")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(
-            f"temperature is {temperature}; it must be 0 (likeliest token) or a finite number above"
-        )
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}; it must lie in 0 to 2**63 - 1")
+    check_sampling(tokens, temperature, top_k, seed)
     specials = (tokenizer.bos_id, tokenizer.eos_id)
     generator = torch.Generator().manual_seed(seed)
     chosen: list[int] = []

@@ -17,7 +17,7 @@ def last(entry: object) -> dict[str, object]:
     return {"legend": {"T": "token_shift", "F": entry}}
 
 
-def test_the_default_is_the_seed() -> None:
+def test_the_default_is_the_seed_with_round_windows() -> None:
     section = CompactSection()
     slots = section.slots()
     assert [slot.mixers[0] for slot in slots] == [

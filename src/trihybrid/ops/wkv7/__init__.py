@@ -20,6 +20,7 @@ register(Backend("wkv7", "reference", wkv7_reference, _anywhere, priority=0))
 register(Backend("wkv7", "chunked", wkv7_chunked, _anywhere, priority=10))
 
 
+# The compiler would unroll the loops over chunks, and cannot follow the choice of a backend.
 @torch.compiler.disable
 def wkv7(
     r_BTHK: torch.Tensor,
