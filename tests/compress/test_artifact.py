@@ -16,7 +16,7 @@ from artifact_by_definition import decode_simply
 from artifact_mutants import with_text
 
 from trihybrid.compress import container
-from trihybrid.compress.artifact import measure_artifact, read_artifact, write_artifact
+from trihybrid.compress.artifact import encode_artifact, read_artifact, write_artifact
 from trihybrid.compress.ledger import HEADER, Ledger, ledger_rows, make_ledger, parse_ledger
 from trihybrid.compress.tensors import PlainTensor, QuantisedTensor
 
@@ -53,7 +53,7 @@ def test_what_is_read_is_what_was_written_to_the_bit(tmp_path: Path, codec: str)
     ledger = write_artifact(path, tensors(), CONFIGURATION, 1234, codec)
     artifact = read_artifact(path)
     assert artifact.configuration == CONFIGURATION
-    assert artifact.ledger == ledger == measure_artifact(tensors(), CONFIGURATION, 1234, codec)
+    assert artifact.ledger == ledger == encode_artifact(tensors(), CONFIGURATION, 1234, codec).ledger
     assert list(artifact.tensors) == [tensor.name for tensor in tensors()]
     for tensor in tensors():
         found = artifact.tensors[tensor.name]
@@ -97,9 +97,9 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_smallest_is_no_larger_than_any_codec() -> None:
-    smallest = measure_artifact(tensors(), {}, 0)
+    smallest = encode_artifact(tensors(), {}, 0).ledger
     for codec in CODECS[1:]:
-        single = measure_artifact(tensors(), {}, 0, codec)
+        single = encode_artifact(tensors(), {}, 0, codec).ledger
         for one, other in zip(smallest.tensors, single.tensors, strict=True):
             assert all(a.bytes <= b.bytes for a, b in zip(one.parts, other.parts, strict=True))
 
@@ -109,13 +109,13 @@ def test_smallest_says_what_it_did_not_try(
 ) -> None:
     monkeypatch.setattr(container, "missing_codecs", lambda: {"brotli": "not installed"})
     with caplog.at_level(logging.WARNING):
-        ledger = measure_artifact(tensors(), {}, 0)
+        ledger = encode_artifact(tensors(), {}, 0).ledger
     assert caplog.messages == ["brotli is not tried: not installed"]
     assert all(part.codec != "brotli" for entry in ledger.tensors for part in entry.parts)
 
 
 def test_rows_are_grouped_by_role() -> None:
-    ledger = measure_artifact(tensors(), {}, 10, "packed")
+    ledger = encode_artifact(tensors(), {}, 10, "packed").ledger
     rows = {row.label: row for row in ledger_rows(ledger, {"matrix6": "matrix", "zero": "matrix"})}
     assert rows["matrix int6"].tensors == 2
     assert rows["matrix int6"].elements == 36 * 64 + 35

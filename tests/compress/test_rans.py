@@ -7,10 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trihybrid.compress.rans import (
-    PRECISION,
+    CodedMatrix,
     decode_matrix,
-    decode_stream,
+    decode_together,
+    encode_matrices,
     encode_matrix,
+)
+from trihybrid.compress.rans_streams import (
+    MOST_TOGETHER,
+    PRECISION,
+    decode_stream,
     encode_stream,
     lane_count,
     quantise_frequencies,
@@ -42,6 +48,47 @@ def test_decoding_is_the_inverse(rows: int, columns: int, size: float, seed: int
     encoded = encode_matrix(matrix)
     assert encoded == encode_matrix(np.asfortranarray(matrix))
     assert np.array_equal(decode_matrix(encoded, rows, columns), matrix)
+
+
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), max_size=8), st.integers(0, 2**32 - 1))
+def test_company_changes_no_byte(shapes: list[tuple[int, int]], seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    sizes = np.exp(generator.uniform(-2, 4, len(shapes)))
+    matrices = [
+        np.clip(np.rint(size * generator.standard_normal(shape)), -128, 127).astype(np.int8)
+        for size, shape in zip(sizes, shapes, strict=True)
+    ]
+    encoded = encode_matrices(matrices)
+    assert encoded == [encode_matrix(matrix) for matrix in matrices]
+    coded = [CodedMatrix(data, *shape) for data, shape in zip(encoded, shapes, strict=True)]
+    decode_together(coded)
+    for part, matrix in zip(coded, matrices, strict=True):
+        assert np.array_equal(part.matrix(), matrix)
+
+
+def test_more_streams_than_go_together() -> None:
+    generator = np.random.default_rng(4)
+    matrices = [
+        generator.integers(-3, 4, (2, 3)).astype(np.int8) for _ in range(2 * MOST_TOGETHER // 2**PRECISION)
+    ]
+    encoded = encode_matrices(matrices)
+    coded = [CodedMatrix(data, 2, 3) for data in encoded]
+    decode_together(coded)
+    assert all(np.array_equal(part.matrix(), matrix) for part, matrix in zip(coded, matrices, strict=True))
+
+
+def test_a_neighbour_that_lacks_words_harms_nobody() -> None:
+    matrix = integers("gaussian", 48, 40, 6.0)
+    whole, cheap = encode_matrix(matrix), encode_matrix(matrix * 0)
+    damaged = CodedMatrix(whole, 48, 40)
+    damaged.streams[0].words = damaged.streams[0].words[:-5]
+    neighbours = [CodedMatrix(data, 48, 40) for data in (whole, cheap)]
+    decode_together([neighbours[0], damaged, neighbours[1]])
+    with pytest.raises(ValueError, match="end too early"):
+        damaged.matrix()
+    assert np.array_equal(neighbours[0].matrix(), matrix)
+    assert not neighbours[1].matrix().any()
 
 
 @settings(deadline=None, max_examples=15, derandomize=True)

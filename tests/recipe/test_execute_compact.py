@@ -129,7 +129,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int
         (CompactTask, "loss", 4),
         (execution, "save_file", 1),
         (execution, "quantise_to_limit", 1),
-        (execution, "write_artifact", 1),
+        (execution.EncodedArtifact, "write", 1),
         (execution, "measure", 1),
     ],
     ids=["before a checkpoint", "after a checkpoint", "saving", "quantising", "writing", "measuring"],

@@ -29,6 +29,30 @@ class Artifact:
     ledger: Ledger
 
 
+@dataclass(frozen=True)
+class EncodedArtifact:
+    """A file that is not written yet: the account of its bytes, and these in order."""
+
+    ledger: Ledger
+    pieces: list[bytes]
+
+    def write(self, path: str | Path) -> None:
+        """Write the file, whole or not at all; its folder must exist, an old file is replaced."""
+        write_atomically(Path(path), b"".join(self.pieces))
+
+
+def encode_artifact(
+    tensors: Sequence[QuantisedTensor | PlainTensor],
+    configuration: dict[str, Any],
+    code_bytes: int,
+    codec: str = "smallest",
+) -> EncodedArtifact:
+    """What `write_artifact` writes, from the same arguments; raises what it raises."""
+    return EncodedArtifact(
+        *encode_container([_stored(tensor) for tensor in tensors], configuration, code_bytes, codec)
+    )
+
+
 def write_artifact(
     path: str | Path,
     tensors: Sequence[QuantisedTensor | PlainTensor],
@@ -52,22 +76,9 @@ def write_artifact(
         ValueError: an unknown or missing codec, a configuration that is not JSON, names that are doubled or not
             printable ASCII of at most 255 characters.
     """
-    ledger, pieces = encode_container(
-        [_stored(tensor) for tensor in tensors], configuration, code_bytes, codec
-    )
-    write_atomically(Path(path), b"".join(pieces))
-    return ledger
-
-
-def measure_artifact(
-    tensors: Sequence[QuantisedTensor | PlainTensor],
-    configuration: dict[str, Any],
-    code_bytes: int,
-    codec: str = "smallest",
-) -> Ledger:
-    """The ledger that `write_artifact` would return, without writing; raises what it raises."""
-    stored = [_stored(tensor) for tensor in tensors]
-    return encode_container(stored, configuration, code_bytes, codec)[0]
+    encoded = encode_artifact(tensors, configuration, code_bytes, codec)
+    encoded.write(path)
+    return encoded.ledger
 
 
 def read_artifact(path: str | Path, limit_elements: int = MOST_ELEMENTS) -> Artifact:

@@ -9,8 +9,9 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal, cast
@@ -34,7 +35,7 @@ from trihybrid.compress.ledger import (
     parse_ledger,
 )
 from trihybrid.compress.packing import pack, unpack
-from trihybrid.compress.rans import decode_matrix, encode_matrix
+from trihybrid.compress.rans import CodedMatrix, decode_together, encode_matrices
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,12 @@ STORED: Final[dict[str, np.dtype[Any]]] = {
     "float16": np.dtype("<f2"),
     "float32": np.dtype("<f4"),
 }
+DECODED_TOGETHER: Final = 2**24
+"""Elements of tensors whose parts are held and decoded at a time."""
+
 Array = np.ndarray[Any, Any]
 Int8 = np.ndarray[Any, np.dtype[np.int8]]
+Entry = QuantisedEntry | PlainEntry
 
 
 @dataclass(frozen=True)
@@ -83,26 +88,20 @@ def encode_container(
     codecs = _choice(codec)
     _check_names([tensor.name for tensor in tensors])
 
-    def encode(tensor: StoredTensor) -> list[tuple[CodecName, bytes]]:
-        parts = [_encode_part(_to_matrix(tensor.values), tensor.bits, codecs)]
+    matrices: list[tuple[Int8, int | None]] = []
+    for tensor in tensors:
+        matrices.append((_to_matrix(tensor.values), tensor.bits))
         if tensor.scales_R is not None:
-            parts.append(_encode_part(_to_matrix(tensor.scales_R), None, codecs))
-        return parts
-
-    # The codecs let go of the interpreter while they work.
-    with ThreadPoolExecutor() as pool:
-        encoded = list(pool.map(encode, tensors))
-    entries: list[QuantisedEntry | PlainEntry] = []
-    offset = 0
-    for tensor, pieces in zip(tensors, encoded, strict=True):
-        parts = []
-        for name, data in pieces:
-            digest = hashlib.sha256(data).hexdigest()
-            parts.append(Part(bytes=len(data), codec=name, offset=offset, sha256=digest))
-            offset += len(data)
-        entries.append(_entry(tensor, parts))
-    ledger, head = make_ledger(entries, configuration, code_bytes)
-    return ledger, [head, *(data for pieces in encoded for _, data in pieces)]
+            matrices.append((_to_matrix(tensor.scales_R), None))
+    encoded = _encode_parts(matrices, codecs)
+    parts, offset = [], 0
+    for name, data in encoded:
+        digest = hashlib.sha256(data).hexdigest()
+        parts.append(Part(bytes=len(data), codec=name, offset=offset, sha256=digest))
+        offset += len(data)
+    waiting = iter(parts)
+    ledger, head = make_ledger([_entry(tensor, waiting) for tensor in tensors], configuration, code_bytes)
+    return ledger, [head, *(data for _, data in encoded)]
 
 
 def read_container(
@@ -110,8 +109,8 @@ def read_container(
 ) -> tuple[Ledger, dict[str, np.ndarray[Any, np.dtype[np.float32]]]]:
     """The ledger and the values, float32, of a file that may be damaged or hostile.
 
-    Memory stays near 4 bytes for every element and the largest part's bytes a few times over; `limit_elements` bounds
-    both before anything is allocated. A part is hashed before it is decoded.
+    Memory stays near 4 bytes for every element and the bytes of the largest tensor, or of `DECODED_TOGETHER` elements,
+    a few times over; `limit_elements` bounds both before anything is allocated. A part is hashed before it is decoded.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
@@ -145,23 +144,67 @@ def _read(
         raise ValueError(f"ledger_bytes is {ledger.ledger_bytes}, the header announces {length}")
     ledger.check(size, limit_elements)
     tensors = {}
-    for entry in ledger.tensors:
-        try:
-            tensors[entry.name] = _decode(entry, file)
-        except ValueError as error:
-            raise ValueError(f'tensor "{entry.name}": {error}') from None
+    for group in _groups(ledger.tensors):
+        coded = {}
+        for entry in group:
+            with _naming(entry):
+                coded[entry.name] = _read_parts(entry, file)
+        # Streams of rans are decoded side by side.
+        decode_together(part for parts in coded.values() for part in parts if isinstance(part, CodedMatrix))
+        for entry in group:
+            with _naming(entry):
+                tensors[entry.name] = _values(entry, [_matrix(part) for part in coded.pop(entry.name)])
     return ledger, tensors
 
 
-def _decode(entry: QuantisedEntry | PlainEntry, file: BinaryIO) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _groups(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """Neighbours of at most `DECODED_TOGETHER` elements, or one entry."""
+    group: list[Entry] = []
+    held = 0
+    for entry in entries:
+        size = math.prod(entry.shape)
+        if group and held + size > DECODED_TOGETHER:
+            yield group
+            group, held = [], 0
+        group.append(entry)
+        held += size
+    yield group
+
+
+@contextmanager
+def _naming(entry: Entry) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f'tensor "{entry.name}": {error}') from None
+
+
+def _read_parts(entry: Entry, file: BinaryIO) -> list[Int8 | CodedMatrix]:
+    """The parts' matrices, those of rans not decoded yet."""
     if isinstance(entry, PlainEntry):
-        values = _read_values(file, entry.values, entry.dtype, math.prod(entry.shape))
-        return values.reshape(entry.shape)
+        return [_read_matrix(file, entry.values, STORED[entry.dtype].itemsize, math.prod(entry.shape), None)]
     rows, columns = entry.shape
-    integers_RC = _decode_matrix(
-        _read_part(file, entry.values, rows * columns), entry.values.codec, rows, columns, entry.bits
-    )
-    scales_R = _read_values(file, entry.scales, "float16", rows)
+    return [
+        _read_matrix(file, entry.values, rows, columns, entry.bits),
+        _read_matrix(file, entry.scales, STORED["float16"].itemsize, rows, None),
+    ]
+
+
+def _read_matrix(file: BinaryIO, part: Part, rows: int, columns: int, bits: int | None) -> Int8 | CodedMatrix:
+    data = _read_part(file, part, rows * columns)
+    if part.codec == "rans":
+        return CodedMatrix(data, rows, columns)
+    return _decode_matrix(data, part.codec, rows, columns, bits)
+
+
+def _matrix(part: Int8 | CodedMatrix) -> Int8:
+    return part.matrix() if isinstance(part, CodedMatrix) else part
+
+
+def _values(entry: Entry, parts: list[Int8]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    if isinstance(entry, PlainEntry):
+        return _from_planes(parts[0], entry.dtype).reshape(entry.shape)
+    integers_RC, scales_R = parts[0], _from_planes(parts[1], "float16")
     half = 2 ** (entry.bits - 1)
     if int(integers_RC.min()) < -half or int(integers_RC.max()) >= half:
         raise ValueError(f"an integer is outside the range of {entry.bits} bits")
@@ -172,11 +215,7 @@ def _decode(entry: QuantisedEntry | PlainEntry, file: BinaryIO) -> np.ndarray[An
     return values_RC
 
 
-def _read_values(
-    file: BinaryIO, part: Part, dtype: Literal["float16", "float32"], count: int
-) -> np.ndarray[Any, np.dtype[np.float32]]:
-    width = STORED[dtype].itemsize
-    planes = _decode_matrix(_read_part(file, part, width * count), part.codec, width, count, None)
+def _from_planes(planes: Int8, dtype: Literal["float16", "float32"]) -> np.ndarray[Any, np.dtype[np.float32]]:
     values = np.ascontiguousarray(planes.T).view(STORED[dtype]).ravel().astype(np.float32)
     if not np.isfinite(values).all():
         raise ValueError("a value is NaN or infinite")
@@ -193,24 +232,35 @@ def _read_part(file: BinaryIO, part: Part, decoded_size: int) -> bytes:
     return data
 
 
-def _encode_part(matrix_RC: Int8, bits: int | None, codecs: Sequence[CodecName]) -> tuple[CodecName, bytes]:
-    packable = bits is not None and bits < 8
-    usable: list[CodecName] = [name for name in codecs if packable or name != "packed"] or ["stored"]
-    encoded = [(name, _encode_matrix(matrix_RC, name, bits)) for name in usable]
-    return min(encoded, key=lambda pair: len(pair[1]))
+def _encode_parts(
+    matrices: Sequence[tuple[Int8, int | None]], codecs: Sequence[CodecName]
+) -> list[tuple[CodecName, bytes]]:
+    """Each matrix, of integers of so many bits or of other bytes, by the codec that makes it smallest."""
+    choices: list[list[CodecName]] = []
+    for _, bits in matrices:
+        packable = bits is not None and bits < 8
+        choices.append([name for name in codecs if packable or name != "packed"] or ["stored"])
+    # The other codecs let go of the interpreter while they work.
+    with ThreadPoolExecutor() as pool:
+        jobs = [
+            {name: pool.submit(_encode_matrix, *matrix, name) for name in names if name != "rans"}
+            for matrix, names in zip(matrices, choices, strict=True)
+        ]
+        coded = encode_matrices([matrix_RC for matrix_RC, _ in matrices]) if "rans" in codecs else []
+    smallest = []
+    for number, names in enumerate(choices):
+        encoded = [(name, coded[number] if name == "rans" else jobs[number][name].result()) for name in names]
+        smallest.append(min(encoded, key=lambda pair: len(pair[1])))
+    return smallest
 
 
-def _encode_matrix(matrix_RC: Int8, codec: CodecName, bits: int | None) -> bytes:
-    if codec == "rans":
-        return encode_matrix(matrix_RC)
+def _encode_matrix(matrix_RC: Int8, bits: int | None, codec: CodecName) -> bytes:
     if codec == "packed" and bits is not None:
         return pack((matrix_RC.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8).ravel(), bits)
     return byte_codec(codec).encode(matrix_RC.tobytes())
 
 
 def _decode_matrix(data: bytes, codec: CodecName, rows: int, columns: int, bits: int | None) -> Int8:
-    if codec == "rans":
-        return decode_matrix(data, rows, columns)
     if codec == "packed":
         if bits is None or bits > 7:
             raise ValueError("packed bytes of what cannot be packed")
@@ -226,19 +276,20 @@ def _to_matrix(values: Array) -> Int8:
     return np.ascontiguousarray(stored.view(np.int8).reshape(stored.size, -1).T)
 
 
-def _entry(tensor: StoredTensor, parts: list[Part]) -> QuantisedEntry | PlainEntry:
+def _entry(tensor: StoredTensor, parts: Iterator[Part]) -> Entry:
+    """The ledger's line of a tensor, with the next parts."""
     shape = list(tensor.values.shape)
     if tensor.bits is None:
         dtype = cast(Literal["float16", "float32"], tensor.values.dtype.name)
-        return PlainEntry(kind="plain", name=tensor.name, shape=shape, dtype=dtype, values=parts[0])
+        return PlainEntry(kind="plain", name=tensor.name, shape=shape, dtype=dtype, values=next(parts))
     return QuantisedEntry(
         kind="quantised",
         name=tensor.name,
         shape=shape,
         dtype="int8",
         bits=tensor.bits,
-        values=parts[0],
-        scales=parts[1],
+        values=next(parts),
+        scales=next(parts),
     )
 
 

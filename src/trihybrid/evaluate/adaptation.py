@@ -29,6 +29,7 @@ from trihybrid.evaluate.stream import (
     batches,
     read_stream,
     sliding_windows,
+    total_nats,
     total_score,
     window_batch,
     window_nats,
@@ -86,7 +87,7 @@ def adapted_bpb(
     updates = 0
     for number, chunk in enumerate(chunks):
         scored = window_nats(student, stream, chunk.scored, bos_id, batch_size)
-        chunk_nats.append(math.fsum(float(nats_N.double().sum()) for _, nats_N in scored))
+        chunk_nats.append(total_nats(student, scored))
         cosine = (1 + math.cos(math.pi * number / max(len(chunks) - 1, 1))) / 2
         for group in optimizer.param_groups:
             group["lr"] = section.learning_rate * cosine

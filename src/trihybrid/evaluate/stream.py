@@ -32,6 +32,9 @@ from trihybrid.models.compact import CompactModel
 LOGIT_ELEMENTS = 2**24
 """Logits that are held at a time: 64 MiB of float32."""
 
+READ_TOGETHER = 32
+"""Batches whose sums are read at once: to read makes the host wait for the device, and the device then for the host."""
+
 COUNTED_TOKENS = 2**20
 """Tokens whose bytes are counted at a time, so that a table's temporary arrays stay small."""
 
@@ -107,7 +110,7 @@ def sliding_bpb(
     stream = read_stream(model, shards, limit_tokens)
     windows = sliding_windows(len(stream), length, stride)
     nats = window_nats(model, stream, windows, shards.bos_id if isolated else None, batch_size)
-    return total_score(_sum(nats), stream, shards, table)
+    return total_score(total_nats(model, nats), stream, shards, table)
 
 
 def stateful_bpb(
@@ -138,7 +141,7 @@ def stateful_bpb(
     else:
         parts = _parts(stream, shards.bos_id, batch_size)
         groups = [sorted(parts, key=lambda part: part[0] - part[1])]
-    nats = math.fsum(_sum(_carried_nats(model, stream, group, length)) for group in groups)
+    nats = math.fsum(total_nats(model, _carried_nats(model, stream, group, length)) for group in groups)
     return total_score(nats, stream, shards, table)
 
 
@@ -184,7 +187,7 @@ def window_nats(
 
     bos_id: where positions restart inside a window (at its head they always do); None reads a window as one document.
     Yields the scored targets' places in the stream, int64 [N], and their -log p in nats, float32 (float64 for a float64
-    model) [N] on the model's device.
+    model) [N] on the model's device, which may still be at work on them and has not been asked whether they are finite.
     """
     for batch in batches(windows, batch_size):
         tokens_BT, span = window_batch(stream, batch, bos_id, _device(model))
@@ -219,9 +222,15 @@ def window_batch(
         # On the host, where asking whether there is a border costs no wait for the device.
         place_T = np.arange(length)
         head_BT = np.maximum.accumulate(np.where(tokens_BT[:, :-1] == bos_id, place_T, 0), axis=1)
-        positions_BT = torch.from_numpy(place_T - head_BT)
-        span = Span(positions_BT.to(device), borders=packed(positions_BT).borders)
-    return torch.from_numpy(tokens_BT).to(device), span
+        positions_BT = place_T - head_BT
+        span = Span(_send(positions_BT, device), borders=packed(torch.from_numpy(positions_BT)).borders)
+    return _send(tokens_BT, device), span
+
+
+def _send(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on the device, to a GPU from page-locked memory, for which the host does not wait."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def total_score(nats: float, stream: np.ndarray, shards: TokenShards, table: ByteCounter) -> StreamScore:
@@ -241,8 +250,19 @@ def total_score(nats: float, stream: np.ndarray, shards: TokenShards, table: Byt
     )
 
 
-def _sum(scored: Iterable[tuple[np.ndarray, Tensor]]) -> float:
-    return math.fsum(float(nats_N.double().sum()) for _, nats_N in scored)
+def total_nats(model: CompactModel, scored: Iterable[tuple[np.ndarray, Tensor]]) -> float:
+    """The sum over what `window_nats` yields, in float64. ValueError for a loss that is not finite."""
+    scored = iter(scored)
+    sums: list[float] = []
+    while read := [nats_N for _, nats_N in islice(scored, READ_TOGETHER)]:
+        sums += torch.stack([nats_N.double().sum() for nats_N in read]).tolist()
+        if not math.isfinite(sum(sums)):
+            wrong = sum(int((~nats_N.isfinite()).sum()) for nats_N in read)
+            raise ValueError(
+                f"{type(model).__name__} gives a loss that is not finite for {wrong} of "
+                f"{sum(len(nats_N) for nats_N in read)} tokens; its weights are broken"
+            )
+    return math.fsum(sums)
 
 
 def _target_nats(model: CompactModel, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -254,14 +274,7 @@ def _target_nats(model: CompactModel, hidden: Tensor, targets: Tensor) -> Tensor
         logits_CV = model.logits(hidden_CD)
         logits_CV = logits_CV if logits_CV.dtype == torch.float64 else logits_CV.float()
         parts.append(cross_entropy(logits_CV, targets_C, reduction="none"))
-    nats_N = torch.cat(parts)
-    wrong = int((~nats_N.isfinite()).sum())
-    if wrong:
-        raise ValueError(
-            f"{type(model).__name__} gives a loss that is not finite for {wrong} of {len(nats_N)} tokens; "
-            "its weights are broken"
-        )
-    return nats_N
+    return torch.cat(parts)
 
 
 def _documents(stream: np.ndarray, bos_id: int) -> list[tuple[int, int]]:
@@ -303,10 +316,10 @@ def _carried_nats(
     for begin in range(0, longest, length):
         block = min(length, longest - begin)
         places_BT = starts_B1 + np.arange(begin, begin + block)
-        inputs_BT = torch.from_numpy(stream[np.minimum(places_BT, stops_B1 - 1)].astype(np.int64)).to(device)
-        targets_BT = torch.from_numpy(stream[np.minimum(places_BT + 1, stops_B1)].astype(np.int64)).to(device)
+        inputs_BT = _send(stream[np.minimum(places_BT, stops_B1 - 1)].astype(np.int64), device)
+        targets_BT = _send(stream[np.minimum(places_BT + 1, stops_B1)].astype(np.int64), device)
         real_BT = places_BT < stops_B1
-        kept_N = torch.from_numpy(np.flatnonzero(real_BT)).to(device)
+        kept_N = _send(np.flatnonzero(real_BT), device)
         with evaluation_mode(model), torch.inference_mode():
             span = contiguous(len(pieces), block, begin, device)
             hidden_BTD, state = model.hidden(inputs_BT, span, state)

@@ -85,8 +85,14 @@ def imports(source: str, package: str) -> Iterator[Import]:
         elif isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
             pending.extend((child, deferred) for child in node.orelse)
         else:
-            inside = deferred or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            pending.extend((child, inside) for child in ast.iter_child_nodes(node))
+            inside = deferred or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            pending.extend((child, inside) for child in _statements(node))
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """What stands in a statement's blocks, clauses included: an expression holds no import."""
+    for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+        yield from getattr(node, field, ())
 
 
 def strip(source: str) -> str:

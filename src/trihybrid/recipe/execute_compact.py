@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import is_torchelastic_launched
 
-from trihybrid.compress.artifact import measure_artifact, write_artifact
-from trihybrid.compress.quantize import quantise_to_limit
+from trihybrid.compress.artifact import EncodedArtifact, encode_artifact
+from trihybrid.compress.quantize import Stored, quantise_to_limit
 from trihybrid.data.corpus import Corpus, prepare_corpus
 from trihybrid.data.packing import Batch, PackedBatches
 from trihybrid.data.prefetch import Prefetch
@@ -181,11 +181,17 @@ def _processes(recipe: CompactRecipe) -> int:
 
 
 def _model(recipe: CompactRecipe, tokenizer: TextTokenizer, device: torch.device) -> CompactModel:
-    """The model at its start. It is drawn on the CPU, so that a seed means the same on every device."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.train.loop.seed)
-        model = CompactModel(recipe.model, tokenizer.vocab_size)
-        model.initialise()
+    """The model at its start. It is drawn on the CPU and by one thread, so that a seed means the same everywhere: the
+    rounding of an orthogonal start depends on the number of threads (and with too many it takes minutes)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.train.loop.seed)
+            model = CompactModel(recipe.model, tokenizer.vocab_size)
+            model.initialise()
+    finally:
+        torch.set_num_threads(threads)
     model.to(device)
     model.compute_dtype = compute_dtype(recipe.train.precision, device)
     fake = _fake_quantise(recipe)
@@ -274,20 +280,21 @@ def _quantise(run: Run, parent: str) -> None:
     def write() -> str:
         # To try every codec takes minutes, and the smallest is never larger than one of them.
         codec = recipe.compress.codec
-        measure = partial(
-            measure_artifact,
-            configuration=configuration,
-            code_bytes=run.code_bytes,
-            codec="rans" if codec == "smallest" else codec,
-        )
-        fitted = quantise_to_limit(
-            run.model,
-            recipe.compress,
-            partial(_calibration, run),
-            lambda tensors: measure(tensors).total_bytes,
-        )
-        ledger = write_artifact(run.artifact, fitted.tensors, configuration, run.code_bytes, codec)
-        write_json(run.directory.path / LEDGER, ledger.model_dump(mode="json"))
+        measured = "rans" if codec == "smallest" else codec
+        attempts: list[tuple[list[Stored], EncodedArtifact]] = []
+
+        def size(tensors: list[Stored]) -> int:
+            encoded = encode_artifact(tensors, configuration, run.code_bytes, measured)
+            if encoded.ledger.total_bytes <= recipe.compress.limit_bytes:
+                attempts[:] = [(tensors, encoded)]
+            return encoded.ledger.total_bytes
+
+        fitted = quantise_to_limit(run.model, recipe.compress, partial(_calibration, run), size)
+        encoded = next((encoded for tensors, encoded in attempts if tensors is fitted.tensors), None)
+        if encoded is None or codec != measured:
+            encoded = encode_artifact(fitted.tensors, configuration, run.code_bytes, codec)
+        encoded.write(run.artifact)
+        write_json(run.directory.path / LEDGER, encoded.ledger.model_dump(mode="json"))
         return hash_file(run.artifact)
 
     _phase(run, QUANTISED, parent, wanted, lambda: hash_file(run.artifact), write)
