@@ -18,13 +18,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
 
 from trihybrid.mixers.contract import Cost, Mixer, Projection, Shared, Write
 from trihybrid.mixers.span import Span
 from trihybrid.mixers.state import KeyValueState, State
 from trihybrid.ops.attention import attention, block_attention
-from trihybrid.ops.rotary import frequencies, rotary_table, rotate
+from trihybrid.ops.exclude_value import exclude_own_value
+from trihybrid.ops.rotary import frequencies, normed_rotation, rotary_table
 
 EPSILON = 1e-6
 
@@ -98,11 +98,9 @@ class Attention(Mixer):
         q_BTHN = self.query(x_BTD).unflatten(-1, (options.heads, options.head_dim))
         k_BTGN = self.key(x_BTD).unflatten(-1, groups)
         v_BTGN = self._values(self.value(x_BTD).unflatten(-1, groups), shared)
-        q_BTHN = rms_norm(q_BTHN, (options.head_dim,), eps=EPSILON) * self.gain_H.to(x_BTD.dtype)[:, None]
-        k_BTGN = rms_norm(k_BTGN, (options.head_dim,), eps=EPSILON)
-        if options.rope_dims:
-            cosine, sine = rotary(span, shared, options, x_BTD.dtype)
-            q_BTHN, k_BTGN = rotate(q_BTHN, cosine, sine), rotate(k_BTGN, cosine, sine)
+        cosine, sine = rotary(span, shared, options, x_BTD.dtype)
+        q_BTHN = normed_rotation(q_BTHN, self.gain_H, cosine, sine, EPSILON)
+        k_BTGN = normed_rotation(k_BTGN, None, cosine, sine, EPSILON)
         scale = options.head_dim**-0.5
         after: KeyValueState
         k_BGTN, v_BGTN = k_BTGN.transpose(1, 2), v_BTGN.transpose(1, 2)
@@ -179,11 +177,3 @@ def rotary(
         cosine, sine = rotary_table(positions_BT, frequency_F)
         shared.rotary[key] = cosine.to(dtype), sine.to(dtype)
     return shared.rotary[key]
-
-
-def exclude_own_value(o_BTHN: Tensor, v_BTGN: Tensor) -> Tensor:
-    """o - (o . u) u with u the direction of the token's own value, in each query head of a value head's group."""
-    own_BTG1N = torch.nn.functional.normalize(v_BTGN, dim=-1)[:, :, :, None]
-    o_BTGQN = o_BTHN.unflatten(2, (v_BTGN.shape[2], -1))
-    along = (o_BTGQN * own_BTG1N).sum(-1, keepdim=True)
-    return (o_BTGQN - along * own_BTG1N).flatten(2, 3)
