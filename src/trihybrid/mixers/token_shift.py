@@ -62,10 +62,13 @@ class TokenShift(Mixer):
         shifts = [
             token_shift(x_BTD, before_BKD, span.positions_BT, distance) for distance in range(1, back + 1)
         ]
-        r_BTD = self.receptance(self._blend(x_BTD, shifts, self.mix_r, "taps_r"))
-        z_BTD = self._blend(x_BTD, shifts, self.mix_k, "taps_k")
-        y_BTD = torch.sigmoid(r_BTD) * squared(z_BTD, self.key, self.value, slope=0.0)
-        return y_BTD, ShiftState(last_tokens(x_BTD, before_BKD, back))
+        r_BTD = self._blend(x_BTD, shifts, self.mix_r, "taps_r")
+        k_BTD = self._blend(x_BTD, shifts, self.mix_k, "taps_k")
+        return self.gated(r_BTD, k_BTD), ShiftState(last_tokens(x_BTD, before_BKD, back))
+
+    def gated(self, r_BTD: Tensor, k_BTD: Tensor) -> Tensor:
+        """y [B, T, D] from the two blends z_r and z_k, for callers that blend themselves."""
+        return torch.sigmoid(self.receptance(r_BTD)) * squared(k_BTD, self.key, self.value, slope=0.0)
 
     def _blend(self, x_BTD: Tensor, shifts: list[Tensor], mix_D: Tensor, taps: str) -> Tensor:
         share_D = torch.sigmoid(mix_D).to(x_BTD.dtype)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from trihybrid.mixers.attention import Attention
 from trihybrid.mixers.contract import ROLES, Shared, copy_into
 from trihybrid.mixers.rwkv7 import Rwkv7
-from trihybrid.mixers.span import contiguous
+from trihybrid.mixers.span import contiguous, from_lengths
 from trihybrid.mixers.tica import Tica
 from trihybrid.mixers.token_shift import TokenShift
 from trihybrid.models.compact.block import Block, Mlp
@@ -51,13 +51,14 @@ def test_formulas(index: int, norm_scale: str, activation: str, mixed: bool, sca
     shape = section(norm_scale=norm_scale, activation=activation, embedding_mix=mixed, branch_scales=scaled)
     block = randomise(Block(shape, shape.slots()[index], index), index).double()  # type: ignore[arg-type]
     assert isinstance(block, Block)
-    x_BTD, first_BTD = torch.randn(2, 1, 6, WIDTH, dtype=WIDE)
+    x_BTD, branch_BTD, first_BTD = torch.randn(3, 1, 6, WIDTH, dtype=WIDE)
     span = contiguous(1, 6)
     with torch.no_grad():
-        y_BTD, after = block(x_BTD, first_BTD, span, [None] * len(block.mixers), Shared())
-        u_BTD = x_BTD
+        nothing: list[None] = [None] * len(block.mixers)
+        y_BTD, output_BTD, after = block(x_BTD, branch_BTD, first_BTD, span, nothing, Shared())
+        u_BTD = x_BTD + branch_BTD
         if block.embedding_mix is not None:
-            u_BTD = block.embedding_mix[0] * x_BTD + block.embedding_mix[1] * first_BTD
+            u_BTD = block.embedding_mix[0] * u_BTD + block.embedding_mix[1] * first_BTD
         attention = norm_scale == "attention" and index in (1, 2, 4)
         c = 1 / (index + 1) ** 0.5 if norm_scale == "all" or attention else 1.0
         z_BTD, expected, shared = c * rms(u_BTD), u_BTD, Shared()
@@ -67,8 +68,9 @@ def test_formulas(index: int, norm_scale: str, activation: str, mixed: bool, sca
         slope = 0.5 if activation == "leaky_relu2" else 0.0
         h_BTI = torch.where(h_BTI > 0, h_BTI, slope * h_BTI) ** 2
         m_BTD = h_BTI @ block.mlp.down.weight.T
-        expected = expected + (m_BTD if block.mlp.down.scale is None else block.mlp.down.scale * m_BTD)
+        m_BTD = m_BTD if block.mlp.down.scale is None else block.mlp.down.scale * m_BTD
     assert relative_error(y_BTD, expected) < 1e-10
+    assert relative_error(output_BTD, m_BTD) < 1e-10
     assert len(after) == len(block.mixers)
     assert (block.mlp.down.scale is not None) == scaled == (f"{OUTPUTS[index]}.scale" in block.roles())
 
@@ -113,14 +115,40 @@ def test_the_slots_options_reach_the_mixers() -> None:
     assert isinstance(later, Attention) and later.options.value_residual
 
 
+def test_one_shift_without_a_state_is_the_mixer_on_normed_rows() -> None:
+    """The blend inside the norm gives what norm and mixer give, row for row and in the state, borders included."""
+    shape = section(legend=LEGEND | {"T": "token_shift"}, norm_scale="all")
+    block = randomise(Block(shape, shape.slots()[0], 3), 0).double()
+    assert isinstance(block, Block)
+    (mixer,) = block.mixers
+    assert isinstance(mixer, TokenShift)
+    x_BTD, branch_BTD, first_BTD = torch.randn(3, 1, 9, WIDTH, dtype=WIDE)
+    span = from_lengths([4, 1, 4])
+    with torch.no_grad():
+        y_BTD, _, (state,) = block(x_BTD, branch_BTD, first_BTD, span, [None], Shared())
+        u_BTD = block.embedding_mix[0] * (x_BTD + branch_BTD) + block.embedding_mix[1] * first_BTD
+        z_BTD = rms(u_BTD) / 2
+        mixed_BTD, expected = mixer(z_BTD, span, None, Shared())
+        # A state that is there already, and holds nothing, takes the other way.
+        other_BTD, _, (other,) = block(
+            x_BTD, branch_BTD, first_BTD, span, [mixer.new_state(1, "cpu", WIDE)], Shared()
+        )
+    assert relative_error(y_BTD, u_BTD + mixed_BTD) < 1e-10
+    assert relative_error(other_BTD, y_BTD) < 1e-10
+    assert relative_error(state.last_BKD, expected.last_BKD) < 1e-10
+    assert relative_error(other.last_BKD, state.last_BKD) < 1e-10
+
+
 @pytest.mark.parametrize("index", range(5))
 def test_the_start_leaves_the_stream_as_it_is(index: int) -> None:
     shape = section()
     block = Block(shape, shape.slots()[index], index)
     block.initialise(index, 5, copy_into)
     x_BTD, first_BTD = torch.randn(2, 1, 4, WIDTH)
-    y_BTD, _ = block(x_BTD, first_BTD, contiguous(1, 4), [None] * len(block.mixers), Shared())
-    assert torch.equal(y_BTD, x_BTD)
+    y_BTD, output_BTD, _ = block(
+        x_BTD, None, first_BTD, contiguous(1, 4), [None] * len(block.mixers), Shared()
+    )
+    assert torch.equal(y_BTD + output_BTD, x_BTD)
 
 
 @pytest.mark.parametrize("index", range(5))

@@ -4,24 +4,26 @@
     x = u + a Mix(c rms(u))     c = 1 / sqrt(layer + 1) or 1, a learned a channel
     x = x + b MLP(c rms(x))     MLP(z) = W_down act(W_up z), act the square of leaky ReLU or of ReLU
 
-a and b scale the rows of the branches' output matrices, which is the same and costs nothing a token.
+a and b scale the rows of the branches' output matrices, which is the same and costs nothing a token. Each sum is left
+to whoever norms it next, so that sum, mix and norm are one pass over memory (`ops.mixed_norm`).
 
 Legend: B batch, T time, D model width.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
 
 from trihybrid.mixers.attention import Attention, AttentionOptions
 from trihybrid.mixers.contract import Mixer, Projection, Shared, Write, squared
 from trihybrid.mixers.rwkv7 import Rwkv7, Rwkv7Options
 from trihybrid.mixers.span import Span
-from trihybrid.mixers.state import State
+from trihybrid.mixers.state import ShiftState, State
 from trihybrid.mixers.tica import Tica, TicaOptions
 from trihybrid.mixers.token_shift import TokenShift, TokenShiftOptions
 from trihybrid.models.compact.section import CompactSection
 from trihybrid.models.pattern import Slot
+from trihybrid.ops.mixed_norm import mixed_blend, mixed_norm, scaled_norm
+from trihybrid.ops.token_shift import last_tokens
 
 EPSILON = 1e-6
 
@@ -55,22 +57,49 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x_BTD: Tensor, first_BTD: Tensor, span: Span, states: list[State | None], shared: Shared
-    ) -> tuple[Tensor, list[State | None]]:
-        if self.embedding_mix is not None:
-            own_D, embedding_D = self.embedding_mix.to(x_BTD.dtype)
-            x_BTD = own_D * x_BTD + embedding_D * first_BTD
-        z_BTD = self._norm(x_BTD)
-        after = []
-        for mixer, state in zip(self.mixers, states, strict=True):
-            y_BTD, state = mixer(z_BTD, span, state, shared)
-            x_BTD = x_BTD + y_BTD
-            after.append(state)
-        return x_BTD + self.mlp(self._norm(x_BTD)), after
+        self,
+        x_BTD: Tensor,
+        branch_BTD: Tensor | None,
+        first_BTD: Tensor,
+        span: Span,
+        states: list[State | None],
+        shared: Shared,
+    ) -> tuple[Tensor, Tensor, list[State | None]]:
+        """Takes the stream as two summands, x + branch (None for zero), and gives it back as two: the stream after the
+        mixers and the output of the MLP, not yet added. All are [B, T, D]; the states are one a mixer."""
+        stream = (x_BTD, branch_BTD, first_BTD, self.embedding_mix)
+        x_BTD, mixed_BTD, after = self._mix(stream, span, states, shared)
+        x_BTD, z_BTD = mixed_norm(x_BTD, mixed_BTD, None, None, self.norm_scale, EPSILON)
+        return x_BTD, self.mlp(z_BTD), after
 
-    def _norm(self, x_BTD: Tensor) -> Tensor:
-        z_BTD = rms_norm(x_BTD, (x_BTD.shape[-1],), eps=EPSILON)
-        return z_BTD if self.norm_scale == 1.0 else z_BTD * self.norm_scale
+    def _mix(
+        self,
+        stream: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+        span: Span,
+        states: list[State | None],
+        shared: Shared,
+    ) -> tuple[Tensor, Tensor | None, list[State | None]]:
+        """The mixed stream with the outputs of all mixers but the last, the last one's output, and the states."""
+        only = self.mixers[0]
+        # A block of tokens that nothing came before: the norm blends, so that its rows are not written out.
+        if (
+            isinstance(only, TokenShift)
+            and len(self.mixers) == 1
+            and only.options.back == 1
+            and states[0] is None
+        ):
+            shares = torch.sigmoid(only.mix_r), torch.sigmoid(only.mix_k)
+            x_BTD, r_BTD, k_BTD = mixed_blend(*stream, span.positions_BT, *shares, self.norm_scale, EPSILON)
+            last_B1D = scaled_norm(x_BTD[:, -1:], self.norm_scale, EPSILON)
+            return x_BTD, only.gated(r_BTD, k_BTD), [ShiftState(last_tokens(last_B1D, None, 1))]
+        x_BTD, z_BTD = mixed_norm(*stream, self.norm_scale, EPSILON)
+        branch_BTD, after = None, []
+        for mixer, state in zip(self.mixers, states, strict=True):
+            if branch_BTD is not None:
+                x_BTD = x_BTD + branch_BTD
+            branch_BTD, state = mixer(z_BTD, span, state, shared)
+            after.append(state)
+        return x_BTD, branch_BTD, after
 
     def initialise(self, index: int, count: int, write: Write) -> None:
         """The mixers' own start, with every output matrix zero; an orthogonal `up`."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, embedding, rms_norm
+from torch.nn.functional import cross_entropy, embedding
 
 from trihybrid.mixers.contract import Cost, Mixer, Projection, Shared, copy_into, linear
 from trihybrid.mixers.front import Front, FrontOptions, FrontState
@@ -21,6 +21,7 @@ from trihybrid.models.compact.block import EPSILON, Block
 from trihybrid.models.compact.section import CompactSection
 from trihybrid.ops.divergence import softcap
 from trihybrid.ops.fake_quantize import check_clip, fake_quantize, integer_range
+from trihybrid.ops.mixed_norm import scaled_norm
 
 logger = logging.getLogger(__name__)
 
@@ -213,18 +214,22 @@ class CompactModel(nn.Module):
         if self.value_embedding is not None:
             shared.value_embeddings = self.value_embedding(tokens_BT, dtype)
         first_BTD, half = x_BTD, len(self.blocks) // 2
+        # The stream is x + branch; whoever reads it adds.
+        branch_BTD: Tensor | None = None
         after: list[tuple[State | None, ...]] = []
         kept: list[Tensor] = []
         for index, block in enumerate(self._blocks()):
             if self.skip_scales is not None and index >= half and kept:
-                x_BTD = x_BTD + self.skip_scales[index - half].to(dtype) * kept.pop()
+                x_BTD = _added(x_BTD, branch_BTD)
+                branch_BTD = self.skip_scales[index - half].to(dtype) * kept.pop()
             before = [None] * len(block.mixers) if state is None else list(state.blocks[index])
-            x_BTD, mixed = block(x_BTD, first_BTD, span, before, shared)
+            x_BTD, branch_BTD, mixed = block(x_BTD, branch_BTD, first_BTD, span, before, shared)
             after.append(tuple(mixed))
             if self.skip_scales is not None and index < half:
+                x_BTD, branch_BTD = _added(x_BTD, branch_BTD), None
                 kept.append(x_BTD)
-        x_BTD = rms_norm(x_BTD, (x_BTD.shape[-1],), eps=EPSILON)
-        return x_BTD, CompactState(front, tuple(after), span.start + span.length)
+        hidden_BTD = scaled_norm(_added(x_BTD, branch_BTD), 1.0, EPSILON)
+        return hidden_BTD, CompactState(front, tuple(after), span.start + span.length)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped logits [..., V] in float32 (float64 for float64 rows)."""
@@ -297,3 +302,7 @@ class CompactModel(nn.Module):
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
+
+
+def _added(x_BTD: Tensor, branch_BTD: Tensor | None) -> Tensor:
+    return x_BTD if branch_BTD is None else x_BTD + branch_BTD
