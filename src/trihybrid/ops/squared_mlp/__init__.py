@@ -3,8 +3,8 @@
     h = x U^T     a = act(h)^2 with act(h) = max(h, slope h)     y = a W^T
 
 A compiler gives the activation kernels of their own, which read and write the widest tensors of the model: 3 + 3 model
-widths forwards and 9 backwards. On a GPU the first product writes h and a itself, and the product behind the gradient
-of h multiplies by the derivative as it writes.
+widths forwards and 9 backwards. On a GPU the first product writes h and a itself (a alone without a slope), and the
+product behind the gradient of h multiplies by the derivative as it writes.
 
 Legend: N tokens, D model width, I inner width.
 """
@@ -24,7 +24,7 @@ def squared_mlp_reference(x: Tensor, up_ID: Tensor, down_DI: Tensor, slope: floa
 
 
 def squared_mlp(x: Tensor, up_ID: Tensor, down_DI: Tensor, slope: float) -> Tensor:
-    """As `squared_mlp_reference`. Fused on a Hopper GPU in bfloat16 for widths in multiples of 256 (inner) and 64.
+    """As `squared_mlp_reference`. Fused on a Hopper GPU in bfloat16 for widths in multiples of 128 (inner) and 64.
 
     Args:
         x: [..., D]; up_ID: [I, D]; down_DI: [D, I], of x's dtype.
@@ -39,7 +39,7 @@ def squared_mlp(x: Tensor, up_ID: Tensor, down_DI: Tensor, slope: float) -> Tens
 def fusable(x: Tensor, shape: Sequence[int]) -> bool:
     """Whether the fused product takes these tokens [..., D] and matrices of shape [I, D] and [D, I]."""
     inner, width = shape
-    fits = inner % 256 == 0 and width % 64 == 0 and x[..., 0].numel() % 128 == 0
+    fits = inner % 128 == 0 and width % 64 == 0 and x[..., 0].numel() % 128 == 0
     return (
         fits
         and x.is_cuda
@@ -58,8 +58,9 @@ def _fused(x_ND: Tensor, up_ID: Tensor, down_DI: Tensor, slope: float) -> tuple[
 
 @_fused.register_fake
 def _(x_ND: Tensor, up_ID: Tensor, down_DI: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    inner_NI = x_ND.new_empty(x_ND.shape[0], up_ID.shape[0])
-    return x_ND.new_empty(x_ND.shape[0], down_DI.shape[0]), inner_NI, torch.empty_like(inner_NI)
+    tokens, inner = x_ND.shape[0], up_ID.shape[0]
+    inner_NI = x_ND.new_empty(tokens if slope else 0, inner)
+    return x_ND.new_empty(tokens, down_DI.shape[0]), inner_NI, x_ND.new_empty(tokens, inner)
 
 
 @torch.library.custom_op("trihybrid::squared_mlp_backward", mutates_args=(), device_types="cuda")
@@ -75,7 +76,7 @@ def _fused_backward(
     from trihybrid.ops.squared_mlp.triton import activate_backward
 
     grad_ND = grad_ND.contiguous()
-    grad_NI = activate_backward(grad_ND, down_DI.contiguous(), inner_NI, slope)
+    grad_NI = activate_backward(grad_ND, down_DI.contiguous(), inner_NI, active_NI, slope)
     return grad_NI @ up_ID, grad_NI.mT @ x_ND, grad_ND.mT @ active_NI
 
 

@@ -10,49 +10,54 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-TILE_N, TILE_I, TILE_D, GROUP = 128, 256, 64, 8
-HALF_I = TILE_I // 2  # the epilogue writes half a tile at a time, so that the other half's registers are free
+TILE_N, TILE_I, TILE_D, GROUP = 128, 128, 64, 8
+PROGRAMS_A_PROCESSOR = 2  # one multiplies while the other writes
+PARTS = 4  # in which a tile is written, so that few registers and little shared memory wait for it
 
 
 def activate(x_ND: Tensor, up_ID: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """h = x U^T and max(h, slope h)^2, both [N, I] in bfloat16; the square is taken of the rounded h."""
-    inner_NI = x_ND.new_empty(x_ND.shape[0], up_ID.shape[0])
-    active_NI = torch.empty_like(inner_NI)
-    _launch(x_ND, up_ID, inner_NI, active_NI, slope, backward=False)
+    """h = x U^T and max(h, slope h)^2, both [N, I] in bfloat16; the square is taken of the rounded h. Without a slope
+    the square says all that a gradient needs, and h is left out, [0, I]."""
+    active_NI = x_ND.new_empty(x_ND.shape[0], up_ID.shape[0])
+    inner_NI = torch.empty_like(active_NI) if slope else x_ND.new_empty(0, up_ID.shape[0])
+    _launch(x_ND, up_ID, inner_NI if slope else active_NI, active_NI, slope, backward=False)
     return inner_NI, active_NI
 
 
-def activate_backward(grad_ND: Tensor, down_DI: Tensor, inner_NI: Tensor, slope: float) -> Tensor:
-    """(grad W) times the derivative of max(h, slope h)^2 at h, [N, I]."""
-    out_NI = torch.empty_like(inner_NI)
-    _launch(grad_ND, down_DI, inner_NI, out_NI, slope, backward=True)
+def activate_backward(
+    grad_ND: Tensor, down_DI: Tensor, inner_NI: Tensor, active_NI: Tensor, slope: float
+) -> Tensor:
+    """(grad W) times the derivative of max(h, slope h)^2 at h, [N, I]; 2 sqrt(square) without a slope."""
+    out_NI = torch.empty_like(active_NI)
+    _launch(grad_ND, down_DI, inner_NI if slope else active_NI, out_NI, slope, backward=True)
     return out_NI
 
 
 def _launch(
-    rows_ND: Tensor, weight: Tensor, inner_NI: Tensor, out_NI: Tensor, slope: float, backward: bool
+    rows_ND: Tensor, weight: Tensor, kept_NI: Tensor, out_NI: Tensor, slope: float, backward: bool
 ) -> None:
-    tokens, inner = inner_NI.shape
+    tokens, inner = out_NI.shape
     width = rows_ND.shape[1]
     processors = torch.cuda.get_device_properties(rows_ND.device).multi_processor_count
     tiles = triton.cdiv(tokens, TILE_N) * triton.cdiv(inner, TILE_I)
-    weight_tile = [TILE_D, TILE_I] if backward else [TILE_I, TILE_D]
-    _product[(min(processors, tiles),)](
+    part = [TILE_N, TILE_I // PARTS]
+    _product[(min(PROGRAMS_A_PROCESSOR * processors, tiles),)](
         TensorDescriptor.from_tensor(rows_ND, [TILE_N, TILE_D]),
-        TensorDescriptor.from_tensor(weight, weight_tile),
-        TensorDescriptor.from_tensor(inner_NI, [TILE_N, HALF_I]),
-        TensorDescriptor.from_tensor(out_NI, [TILE_N, HALF_I]),
+        TensorDescriptor.from_tensor(weight, [TILE_D, TILE_I] if backward else [TILE_I, TILE_D]),
+        TensorDescriptor.from_tensor(kept_NI, part),
+        TensorDescriptor.from_tensor(out_NI, part),
         tokens,
         inner,
         width,
         slope,
         BACKWARD=backward,
+        SLOPED=slope > 0,
         TILE_N=TILE_N,
         TILE_I=TILE_I,
         TILE_D=TILE_D,
         GROUP=GROUP,
         num_stages=3,
-        num_warps=8,
+        num_warps=4,
     )
 
 
@@ -66,13 +71,22 @@ def _tile(index, tiles_n, tiles_i, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _finish(sum_NI, inner, out, n, i, slope, BACKWARD: tl.constexpr):
+def _halves(sum_NI, HALF: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(sum_NI, (sum_NI.shape[0], 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def _finish(sum_NI, kept, out, n, i, slope, BACKWARD: tl.constexpr, SLOPED: tl.constexpr):
     if BACKWARD:
-        h = inner.load([n, i]).to(tl.float32)
-        out.store([n, i], (sum_NI * 2 * tl.where(h > 0, h, slope * slope * h)).to(out.dtype))
+        held = kept.load([n, i]).to(tl.float32)
+        if SLOPED:
+            out.store([n, i], (sum_NI * 2 * tl.where(held > 0, held, slope * slope * held)).to(out.dtype))
+        else:
+            out.store([n, i], (sum_NI * 2 * tl.sqrt(held)).to(out.dtype))
     else:
         rounded = sum_NI.to(out.dtype)
-        inner.store([n, i], rounded)
+        if SLOPED:
+            kept.store([n, i], rounded)
         h = rounded.to(tl.float32)
         h = tl.where(h > 0, h, slope * h)
         out.store([n, i], (h * h).to(out.dtype))
@@ -82,13 +96,14 @@ def _finish(sum_NI, inner, out, n, i, slope, BACKWARD: tl.constexpr):
 def _product(
     rows,
     weight,
-    inner,
+    kept,
     out,
     tokens,
     width_i,
     width_d,
     slope,
     BACKWARD: tl.constexpr,
+    SLOPED: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_I: tl.constexpr,
     TILE_D: tl.constexpr,
@@ -96,6 +111,7 @@ def _product(
 ):
     tiles_n, tiles_i = tl.cdiv(tokens, TILE_N), tl.cdiv(width_i, TILE_I)
     steps = tl.cdiv(width_d, TILE_D)
+    QUARTER: tl.constexpr = TILE_I // 4
     for index in tl.range(tl.program_id(0), tiles_n * tiles_i, tl.num_programs(0), flatten=True):
         tile_n, tile_i = _tile(index, tiles_n, tiles_i, GROUP)
         n, i = tile_n * TILE_N, tile_i * TILE_I
@@ -107,7 +123,10 @@ def _product(
                 sum_NI = tl.dot(row_tile, weight.load([d, i]), sum_NI)
             else:
                 sum_NI = tl.dot(row_tile, weight.load([i, d]).T, sum_NI)
-        halves = tl.permute(tl.reshape(sum_NI, (TILE_N, 2, TILE_I // 2)), (0, 2, 1))
-        left, right = tl.split(halves)
-        _finish(left, inner, out, n, i, slope, BACKWARD)
-        _finish(right, inner, out, n, i + TILE_I // 2, slope, BACKWARD)
+        left, right = _halves(sum_NI, TILE_I // 2)
+        first, second = _halves(left, QUARTER)
+        _finish(first, kept, out, n, i, slope, BACKWARD, SLOPED)
+        _finish(second, kept, out, n, i + QUARTER, slope, BACKWARD, SLOPED)
+        third, fourth = _halves(right, QUARTER)
+        _finish(third, kept, out, n, i + 2 * QUARTER, slope, BACKWARD, SLOPED)
+        _finish(fourth, kept, out, n, i + 3 * QUARTER, slope, BACKWARD, SLOPED)
