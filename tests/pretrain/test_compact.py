@@ -142,3 +142,21 @@ def test_roles_cover_all_parameters(name: str) -> None:
     roles, parameters = task.roles(), task.parameters()
     assert roles.keys() == parameters.keys() and set(roles.values()) <= set(ROLES)
     build_optimizer(parameters, roles, OptimizerSection(name=name))
+
+
+def test_a_share_of_the_gradient_is_added_with_and_without_asking_for_a_graph(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    batch = batch_of(5, 8)
+    plain = task_of()
+    wanted = gradients(plain, plain.loss(batch)[0])
+    with caplog.at_level("INFO"):
+        asked = task_of(graph=True)
+    assert "without effect on cpu" in caplog.text
+    for task in (plain, asked):
+        task.model.zero_grad()
+        for _ in range(2):
+            loss, _ = task.differentiate(batch, 0.25)
+            assert not loss.requires_grad
+        for name, parameter in task.parameters().items():
+            assert relative_error(parameter.grad, 0.5 * wanted[name]) <= 1e-10

@@ -3,6 +3,7 @@
 Legend: B batch, T time.
 """
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -11,7 +12,11 @@ from torch import Tensor, nn
 from trihybrid.data.packing import Batch
 from trihybrid.mixers.span import Span, contiguous
 from trihybrid.models.compact.model import CompactModel
+from trihybrid.ops.compiling import name_operators
 from trihybrid.pretrain.compact_section import CompactTrainSection
+from trihybrid.train.graph import GraphedGradients
+
+logger = logging.getLogger(__name__)
 
 
 def training_span(positions_BT: Tensor, leak: bool) -> Span:
@@ -28,7 +33,7 @@ class CompactTask:
 
     Args:
         model: what is trained, on its device; its `compute_dtype` is that of the activations.
-        section: compile, leak and quantise_from.
+        section: compile, graph, leak and quantise_from.
     """
 
     def __init__(self, model: CompactModel, section: CompactTrainSection) -> None:
@@ -36,7 +41,14 @@ class CompactTask:
         self.leak = section.leak
         self.quantise_from = section.quantise_from
         self._device = next(model.parameters()).device
-        self._loss = torch.compile(self._tensor_loss) if section.compile else self._tensor_loss
+        self._loss = self._tensor_loss
+        if section.compile:
+            name_operators()
+            self._loss = torch.compile(self._tensor_loss)
+        self._graph = section.graph and self._device.type == "cuda"
+        if section.graph and not self._graph:
+            logger.info("graph: without effect on %s", self._device.type)
+        self._graphs: dict[float, GraphedGradients] = {}
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
@@ -47,6 +59,17 @@ class CompactTask:
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         batch = batch.to(self._device)
         return self._loss(batch.inputs, batch.next_tokens, batch.positions), {}
+
+    def differentiate(self, batch: Batch, share: float) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        """Add `share` times the gradient of the batch's loss to the parameters' gradients; the loss."""
+        if not self._graph:
+            loss, metrics = self.loss(batch)
+            (loss if share == 1 else share * loss).backward()
+            return loss.detach(), metrics
+        if share not in self._graphs:
+            self._graphs[share] = GraphedGradients(self._loss, self.model.parameters(), share)
+        batch = batch.to(self._device)
+        return self._graphs[share](batch.inputs, batch.next_tokens, batch.positions), {}
 
     def tokens(self, batch: Batch) -> int:
         return batch.inputs.numel()

@@ -15,6 +15,11 @@ class CompactTrainSection(TrainSection):
         description="dtype of the activations; parameters stay float32. auto is bfloat16 on CUDA, else float32",
     )
     compile: bool = Field(default=False, description="compile the loss with torch.compile")
+    graph: bool = Field(
+        default=False,
+        description="replay loss and gradients as one CUDA graph, for steps so short that asking for their kernels "
+        "takes longer; elsewhere than on a GPU without effect",
+    )
     leak: bool = Field(
         default=False,
         description="let mixers look back over the borders of documents inside a row, as the published seed does",

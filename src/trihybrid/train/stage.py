@@ -21,7 +21,7 @@ from trihybrid.train.gradients import GradientNorms, Readback, check_finite, som
 from trihybrid.train.optim import Optimizers
 from trihybrid.train.schedule import momentum
 from trihybrid.train.section import TrainSection
-from trihybrid.train.task import FollowsProgress, SplitsBatches, Task
+from trihybrid.train.task import Differentiates, FollowsProgress, SplitsBatches, Task
 
 _logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class Stage:
         tokens = self.task.tokens(batch) * self.workers.count
         return _Done(step, rate, tokens, norms.names, numbers)
 
-    def _gradients(self, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def _gradients(self, batch: Any, step: int) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """Leave the gradient of the mean over all parts and workers in the parameters; that mean of the loss, and of
         each metric.
         """
@@ -142,8 +142,10 @@ class Stage:
         self.workers.average([*gradients, *shared])
         return shared[0], dict(zip(metrics, shared[1:], strict=True))
 
-    def _backward(self, part: Any, step: int, count: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def _backward(self, part: Any, step: int, count: int) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """Add a part's share of the gradient to the parameters; its loss and metrics, without graphs."""
+        if isinstance(self.task, Differentiates):
+            return self.task.differentiate(part, 1 / count)
         loss, metrics = self.task.loss(part)
         _check_loss(loss, step)
         (loss if count == 1 else loss / count).backward()

@@ -1,7 +1,8 @@
 """The task: all that a training loop needs to know of what it trains.
 
 The loop gets an opaque batch from a function of the step and hands it to the task, which knows the model, the
-data and the losses. What a task may do besides, it shows by having the method: `SplitsBatches`, `FollowsProgress`.
+data and the losses. What a task may do besides, it shows by having the method: `SplitsBatches`, `FollowsProgress`,
+`Differentiates`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,5 +54,16 @@ class FollowsProgress(Protocol):
         """Called before each step, and once more when the stage is done: `fraction` in [0, 1] of the run's steps (of
         its seconds, where those end it) and `step` steps are behind. What it does must be a pure function of
         `fraction`, so that a resumed run finds the task as it was; it draws no random numbers.
+        """
+        ...
+
+
+@runtime_checkable
+class Differentiates(Protocol):
+    """A task that sees to its gradients itself."""
+
+    def differentiate(self, batch: Any, share: float) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        """Add `share` times the gradient of the batch's loss to the gradients of the parameters. What `loss` returns,
+        without gradient graphs.
         """
         ...
