@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 LOWEST := .venv-transformers-lowest
 NEWEST := .venv-transformers-newest
+TRITON := .venv-triton
 # The lower bound in pyproject.toml; a test holds the two together.
 LOWEST_TRANSFORMERS := 5.17.0
 TRANSFORMERS_TESTS := $(wildcard tests/models tests/laws tests/surgery tests/distill)
@@ -14,7 +15,7 @@ PYTEST := -m pytest -q -n 2 --dist loadfile --durations=10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test demo lint test-transformers browser-test clean
+.PHONY: help setup test demo lint test-transformers test-triton browser-test clean
 
 help: ## this list
 	@echo "usage: make COMMAND [PYTHON=python3.12]"
@@ -41,11 +42,15 @@ lint: $(VENV)/.installed-dev ## ruff check, ruff format --check, mypy
 
 test-transformers: $(LOWEST)/.installed $(NEWEST)/.installed ## test the lowest and the newest transformers that we allow
 	@$(LOWEST)/bin/python $(PIP_INSTALL) "transformers==$(LOWEST_TRANSFORMERS)"
-	@echo "testing with the lowest transformers: $$($(call transformers_version,$(LOWEST)))"
+	@echo "testing with the lowest transformers: $$($(call version,$(LOWEST),transformers))"
 	@$(LOWEST)/bin/python $(PYTEST) $(TRANSFORMERS_TESTS)
 	@$(NEWEST)/bin/python $(PIP_INSTALL) --upgrade "transformers<6"
-	@echo "testing with the newest transformers: $$($(call transformers_version,$(NEWEST)))"
+	@echo "testing with the newest transformers: $$($(call version,$(NEWEST),transformers))"
 	@$(NEWEST)/bin/python $(PYTEST) $(TRANSFORMERS_TESTS)
+
+test-triton: $(TRITON)/.installed ## run the Triton kernels in Triton's interpreter, on the CPU
+	@echo "testing the Triton kernels with Triton $$($(call version,$(TRITON),triton)), interpreted"
+	@TRITON_INTERPRET=1 $(TRITON)/bin/python $(PYTEST) -m triton tests/ops
 
 browser-test: setup ## open the report in a headless Chromium
 	@echo "testing: the report in a browser"
@@ -53,10 +58,10 @@ browser-test: setup ## open the report in a headless Chromium
 
 clean: ## remove the environments, builds and caches; runs/ stays
 	@echo "removing environments, builds and caches"
-	@rm -rf $(VENV) $(LOWEST) $(NEWEST) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	@rm -rf $(VENV) $(LOWEST) $(NEWEST) $(TRITON) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
-transformers_version = $(1)/bin/python -c 'from importlib.metadata import version; print(version("transformers"))'
+version = $(1)/bin/python -c 'from importlib.metadata import version; print(version("$(2)"))'
 
 # $(call environment,FOLDER): a fresh-enough virtual environment with torch in it. Torch goes first and
 # alone, with its constraint: any other order could fetch gigabytes of CUDA for a machine without a GPU.
@@ -94,4 +99,12 @@ $(NEWEST)/.installed: pyproject.toml constraints.txt
 	$(call environment,$(NEWEST))
 	@echo "installing trihybrid with the newest transformers into $(NEWEST)"
 	@$(NEWEST)/bin/python $(PIP_INSTALL) -e ".[test]"
+	@touch $@
+
+# A CPU build of torch brings no Triton: 0.7 GB, so it has an environment of its own. Triton 3.6 is the one of torch 2.11
+# on a GPU, and its interpreter turns arrays of one element into scalars, which numpy refuses from 2.3 on.
+$(TRITON)/.installed: pyproject.toml constraints.txt
+	$(call environment,$(TRITON))
+	@echo "installing trihybrid, Triton and an older numpy into $(TRITON)"
+	@$(TRITON)/bin/python $(PIP_INSTALL) "triton==3.6.*" "numpy<2.3" -e ".[test]"
 	@touch $@

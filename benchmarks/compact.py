@@ -200,7 +200,7 @@ def stepper(chosen: CompactRecipe) -> Any:
 
     def step() -> None:
         for part in parts:
-            (task.loss(part)[0] / len(parts)).backward()
+            task.differentiate(part, 1 / len(parts))
         optimizers.step()
         optimizers.zero_grad()
 

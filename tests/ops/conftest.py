@@ -1,0 +1,3 @@
+"""Fixtures of the operators' tests."""
+
+from interpreted import load  # noqa: F401

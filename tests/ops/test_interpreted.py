@@ -1,0 +1,137 @@
+"""The Triton kernels against their definitions, in Triton's interpreter: run with make test-triton.
+
+In float32, which the definition must then meet to rounding; the squared MLP in the half precision that its products
+take. Half precision on a GPU is tested beside each definition.
+"""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from interpreted import MARKS
+from trihybrid.ops.attention import block_attention
+from trihybrid.testing.compare import relative_error
+
+pytestmark = MARKS
+
+CLOSE = 1e-5
+
+
+def wide(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [x.detach().double().requires_grad_() for x in tensors]
+
+
+def assert_close(
+    found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], tolerance: float = CLOSE
+) -> None:
+    for at, (x, reference) in enumerate(zip(found, expected, strict=True)):
+        assert relative_error(x, reference) <= tolerance, at
+
+
+@pytest.mark.parametrize("window", [2, 64, 65, 192])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(2, 1, 16), (2, 2, 32)])
+def test_window_attention(load, window, heads, groups, width):
+    room = load("trihybrid.ops.window_attention")
+    lengths = ((100, 28, 1, 63), (64, 128))
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+    leaves = [torch.randn(2, 192, count, width).requires_grad_() for count in (heads, groups, groups)]
+    out = room.window_attention(*leaves, positions, window, width**-0.5)
+    wider = wide(leaves)
+    expected = block_attention(*wider, positions, True, window, width**-0.5)
+    grad = torch.randn(out.shape)
+    assert_close([out], [expected])
+    assert_close(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, wider, grad.double()))
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+def test_squared_mlp(load, slope):
+    room = load("trihybrid.ops.squared_mlp")
+    tokens, width, inner = 256, 64, 256
+    shapes = (((tokens, width), 1.0), ((inner, width), 1 / 8), ((width, inner), 1 / 16))
+    leaves = [(torch.randn(shape) * scale).half().requires_grad_() for shape, scale in shapes]
+    out = room.squared_mlp(*leaves, slope)
+    wider = wide(leaves)
+    expected = room.squared_mlp_reference(*wider, slope)
+    grad = torch.randn(out.shape).half()
+    assert_close([out], [expected], 2e-3)
+    assert_close(
+        torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, wider, grad.double()), 2e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "width", "pairs"),
+    [(2, 41, 8, 64, 8), (1, 37, 6, 16, 3), (2, 5, 3, 128, 6), (2, 19, 4, 32, 0), (1, 1, 8, 64, 32)],
+)
+@pytest.mark.parametrize("gain", [True, False])
+def test_normed_rotation(load, batch, length, heads, width, pairs, gain):
+    room = load("trihybrid.ops.rotary")
+    x = torch.randn(batch, heads, length, width).transpose(1, 2).requires_grad_()
+    leaves = [x, (torch.rand(heads) + 0.5).requires_grad_()][: 1 + gain]
+    frequencies = room.frequencies(2 * pairs, 1e4, 2 * pairs, None, torch.float32)
+    table = room.rotary_table(torch.randint(0, 500, (batch, length)), frequencies)
+    out = room.normed_rotation(x, leaves[1] if gain else None, *table, 1e-6)
+    wider = wide(leaves)
+    expected = room.normed_rotation_reference(
+        wider[0], wider[1] if gain else None, *(t.double() for t in table), 1e-6
+    )
+    grad = torch.randn(out.shape)
+    assert_close([out], [expected])
+    assert_close(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, wider, grad.double()))
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "groups", "width"), [(2, 41, 8, 4, 64), (1, 37, 6, 2, 16), (1, 3, 5, 1, 256)]
+)
+def test_exclude_own_value(load, batch, length, heads, groups, width):
+    room = load("trihybrid.ops.exclude_value")
+    o = torch.randn(batch, heads, length, width).transpose(1, 2).requires_grad_()
+    v = torch.randn(batch, length, groups, width)
+    v[0, 0] = 0  # shorter than the floor
+    leaves = [o, v.requires_grad_()]
+    out = room.exclude_own_value(*leaves)
+    wider = wide(leaves)
+    expected = room.exclude_own_value_reference(*wider)
+    grad = torch.randn(out.shape)
+    assert_close([out], [expected])
+    found = torch.autograd.grad(out, leaves, grad)
+    exact = torch.autograd.grad(expected, wider, grad.double())
+    # The gradients of short values dwarf the others.
+    assert_close([found[0], *(found[1].flatten(0, 1)[1:])], [exact[0], *(exact[1].flatten(0, 1)[1:])])
+    assert found[1][0, 0].norm() == exact[1][0, 0].norm() == 0
+
+
+@pytest.mark.parametrize(("length", "width"), [(40, 64), (9, 512)])
+@pytest.mark.parametrize("branched", [True, False])
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("blended", [True, False])
+def test_mixed_norm(load, length, width, branched, mixed, blended):
+    room = load("trihybrid.ops.mixed_norm")
+    positions = torch.arange(length).repeat(2, 1)
+    positions[0, 5:] -= 5
+    positions[0, -1] = 0
+    positions[1] += 3  # continues a document
+    positions[1, 4:] -= 7
+    x, branch, first = (torch.randn(2, length, width).requires_grad_() for _ in range(3))
+    mix, shares = torch.randn(2, width).requires_grad_(), torch.rand(2, width).requires_grad_()
+    leaves = [x, *[branch] * branched, *[first, mix] * mixed, *[shares] * blended]
+
+    def run(norm, blend, tensors):
+        left = iter(tensors)
+        stream = [
+            next(left),
+            next(left) if branched else None,
+            *((next(left), next(left)) if mixed else (None, None)),
+        ]
+        return blend(*stream, positions, *next(left), 0.3, 1e-6) if blended else norm(*stream, 0.3, 1e-6)
+
+    out = run(room.mixed_norm, room.mixed_blend, leaves)
+    wider = wide(leaves)
+    expected = run(room.mixed_norm_reference, room.mixed_blend_reference, wider)
+    grads = [torch.randn(x.shape) for x in out]
+    assert_close(out, expected)
+    assert_close(
+        torch.autograd.grad(out, leaves, grads),
+        torch.autograd.grad(expected, wider, [x.double() for x in grads]),
+    )
