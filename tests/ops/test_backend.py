@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from trihybrid.ops import backend as registry
-from trihybrid.ops.backend import Backend, backends, choose, register
+from trihybrid.ops.backend import Backend, backends, choose, choose_for, register
 
 CPU = torch.device("cpu")
 
@@ -70,3 +70,30 @@ def test_no_available_backend_is_an_error(operator: str) -> None:
 def test_a_name_is_registered_once(operator: str) -> None:
     with pytest.raises(ValueError, match="'slow' of operator 'add' is registered already"):
         register(Backend("add", "slow", torch.add, anywhere, priority=1))
+
+
+def narrow(width: int) -> str | None:
+    return None if width <= 64 else f"width is {width}, 64 at most"
+
+
+def test_a_call_that_does_not_fit_goes_to_the_next_backend_with_one_log_line(
+    operator: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    register(Backend("add", "tight", torch.add, anywhere, priority=7, takes=narrow))
+    with caplog.at_level(logging.INFO, logger="trihybrid.ops.backend"):
+        assert choose_for(operator, None, CPU, 64).name == "tight"
+        assert [choose_for(operator, None, CPU, 65).name for _ in range(3)] == ["fast"] * 3
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[1:] == ["operator add on cpu: backend fast, because tight: width is 65, 64 at most"]
+
+
+def test_a_call_that_does_not_fit_the_backend_asked_for_is_an_error(operator: str) -> None:
+    register(Backend("add", "tight", torch.add, anywhere, priority=7, takes=narrow))
+    with pytest.raises(ValueError, match="backend 'tight' of operator 'add' cannot do this: width is 65"):
+        choose_for(operator, "tight", CPU, 65)
+
+
+def test_a_call_that_fits_no_backend_is_an_error(operator: str) -> None:
+    register(Backend("divide", "tight", torch.div, anywhere, priority=7, takes=narrow))
+    with pytest.raises(ValueError, match="'divide' has no backend on cpu but 'tight': width is 65"):
+        choose_for("divide", None, CPU, 65)

@@ -24,6 +24,8 @@ class Backend:
     function: the implementation; all backends of one operator take and return the same things.
     available: given a device, None when the backend can run there, else the reason why it cannot.
     priority: among the available backends of an operator the highest priority is taken when no name is asked for.
+    takes: given what the operator says of a call (its sizes and dtypes), None when the backend can work on it, else the
+        reason why it cannot; None for a backend that takes all that its operator does.
     """
 
     operator: str
@@ -31,6 +33,7 @@ class Backend:
     function: Callable
     available: Callable[[torch.device], str | None]
     priority: int
+    takes: Callable[..., str | None] | None = None
 
 
 _registry: dict[tuple[str, str], Backend] = {}
@@ -45,6 +48,7 @@ def register(backend: Backend) -> None:
         )
     _registry[key] = backend
     _choose.cache_clear()
+    _next.cache_clear()
 
 
 def backends(operator: str) -> list[Backend]:
@@ -67,6 +71,36 @@ def choose(operator: str, name: str | None, device: torch.device) -> Backend:
     message gives the reason and the names that are available.
     """
     return _choose(operator, name, device.type)
+
+
+def choose_for(operator: str, name: str | None, device: torch.device, *call: object) -> Backend:
+    """As `choose`, for one call: without a name, a backend that does not take it leaves it to the next one, which is
+    logged once for each reason. ValueError for a backend that was asked for by name and does not take it.
+
+    call: what `Backend.takes` of this operator is given.
+    """
+    chosen = choose(operator, name, device)
+    reason = None if chosen.takes is None else chosen.takes(*call)
+    if reason is None:
+        return chosen
+    if name is not None:
+        raise ValueError(f"backend {name!r} of operator {operator!r} cannot do this: {reason}")
+    return _next(operator, device.type, chosen.name, reason)
+
+
+@functools.cache
+def _next(operator: str, device_type: str, refusing: str, reason: str) -> Backend:
+    """The backend after one that does not take a call."""
+    device = torch.device(device_type)
+    usable = [backend for backend in backends(operator) if backend.available(device) is None]
+    after = [backend.name for backend in usable].index(refusing) + 1
+    chosen = next((backend for backend in usable[after:] if backend.takes is None), None)
+    if chosen is None:
+        raise ValueError(f"operator {operator!r} has no backend on {device_type} but {refusing!r}: {reason}")
+    logger.info(
+        "operator %s on %s: backend %s, because %s: %s", operator, device_type, chosen.name, refusing, reason
+    )
+    return chosen
 
 
 @functools.cache

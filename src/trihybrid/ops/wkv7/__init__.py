@@ -5,11 +5,13 @@ Shapes: B batch, T time, H heads, K key width, V value width.
 
 import torch
 
-from trihybrid.ops.backend import Backend, choose, register
+from trihybrid.ops.backend import Backend, choose, choose_for, register
+from trihybrid.ops.wkv7 import triton
 from trihybrid.ops.wkv7.chunked import wkv7_chunked
 from trihybrid.ops.wkv7.reference import wkv7_reference
+from trihybrid.ops.wkv7.triton import wkv7_triton
 
-__all__ = ["wkv7", "wkv7_chunked", "wkv7_reference"]
+__all__ = ["wkv7", "wkv7_chunked", "wkv7_reference", "wkv7_triton"]
 
 
 def _anywhere(device: torch.device) -> str | None:
@@ -18,10 +20,10 @@ def _anywhere(device: torch.device) -> str | None:
 
 register(Backend("wkv7", "reference", wkv7_reference, _anywhere, priority=0))
 register(Backend("wkv7", "chunked", wkv7_chunked, _anywhere, priority=10))
+# Below the others until it has run on a GPU: asked for by name only.
+register(Backend("wkv7", "triton", wkv7_triton, triton.available, priority=-1, takes=triton.takes))
 
 
-# The compiler would unroll the loops over chunks, and cannot follow the choice of a backend.
-@torch.compiler.disable
 def wkv7(
     r_BTHK: torch.Tensor,
     log_w_BTHK: torch.Tensor,
@@ -46,9 +48,10 @@ def wkv7(
     state_BHKV: S_0, or None for zeros.
     reset_BT: bool, True at the first token of a document, where the state that enters is zero (S_0 too, at t = 1) and
         log_w acts on nothing; None for no resets.
-    backend: "reference", "chunked", or None for the best one on the device.
+    backend: "reference", "chunked", "triton", or None for the best one on the device.
 
-    Computed in float64 when v is float64, else in float32, outside of autocast.
+    Computed in float64 when v is float64, else in float32, outside of autocast; "triton", which takes v in half
+    precision alone, multiplies float16 and adds up in float32.
     Returns (o_BTHV in the dtype of v, state_BHKV = S_T in the dtype of the computation).
     ValueError, naming the argument, for a wrong shape, dtype or device, and for an unknown backend.
     """
@@ -60,8 +63,7 @@ def wkv7(
     batch, time, heads, key_width = r_BTHK.shape
     value_width = v_BTHV.shape[-1]
     compute = torch.float64 if v_BTHV.dtype == torch.float64 else torch.float32
-    if state_BHKV is None:
-        state_BHKV = v_BTHV.new_zeros(batch, heads, key_width, value_width, dtype=compute)
+    state_shape = (batch, heads, key_width, value_width)
     for name, x, shape in (
         ("r_BTHK", r_BTHK, r_BTHK.shape),
         ("log_w_BTHK", log_w_BTHK, r_BTHK.shape),
@@ -69,8 +71,10 @@ def wkv7(
         ("v_BTHV", v_BTHV, (batch, time, heads, value_width)),
         ("a_BTHK", a_BTHK, r_BTHK.shape),
         ("b_BTHK", b_BTHK, r_BTHK.shape),
-        ("state_BHKV", state_BHKV, (batch, heads, key_width, value_width)),
+        ("state_BHKV", state_BHKV, state_shape),
     ):
+        if x is None:
+            continue
         _check(name, x, shape, v_BTHV.device)
         if not x.dtype.is_floating_point or (x.dtype == torch.float64 and compute != torch.float64):
             raise ValueError(
@@ -80,8 +84,29 @@ def wkv7(
         _check("reset_BT", reset_BT, (batch, time), v_BTHV.device)
         if reset_BT.dtype != torch.bool:
             raise ValueError(f"reset_BT has dtype {reset_BT.dtype}; expected torch.bool")
-    function = choose("wkv7", backend, v_BTHV.device).function
-    tensors = (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, state_BHKV)
+    tokens = (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
+    name = _backend(backend, v_BTHV.device.type, key_width, value_width, v_BTHV.dtype)
+    if name == "triton":
+        return wkv7_triton(*tokens, state_BHKV, reset_BT)
+    if state_BHKV is None:
+        state_BHKV = v_BTHV.new_zeros(state_shape, dtype=compute)
+    return _widened(name, compute, (*tokens, state_BHKV), reset_BT)
+
+
+# A constant to the compiler, which cannot follow a registry.
+@torch.compiler.assume_constant_result
+def _backend(name: str | None, device_type: str, *call: object) -> str:
+    return choose_for("wkv7", name, torch.device(device_type), *call).name
+
+
+# The compiler would unroll the loops over chunks.
+@torch.compiler.disable
+def _widened(
+    name: str, compute: torch.dtype, tensors: tuple[torch.Tensor, ...], reset_BT: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A backend that computes in one dtype, on tensors of that dtype."""
+    v_BTHV = tensors[3]
+    function = choose("wkv7", name, v_BTHV.device).function
     with torch.autocast(v_BTHV.device.type, enabled=False):
         o_BTHV, state_BHKV = function(*(x.to(compute) for x in tensors), reset_BT)
     return o_BTHV.to(v_BTHV.dtype), state_BHKV

@@ -1,0 +1,310 @@
+"""WKV-7 on a GPU beside its peers: time, memory and error, forward, backward and one decoded token.
+
+    python benchmarks/wkv7_gpu.py --fla 0.6.0=FOLDER --fla 0.4.1=FOLDER [--parts speed,errors,decode]
+        [--peer-widths 128,64] [--without-ours] [--json FOLDER]
+
+Each version of fla-core runs in a process of its own, in all of its modes and with its whole lists of configurations
+for the tuner, some 300 a mode and width. FOLDER is its unpacked wheel (python -m zipfile -e FILE FOLDER); without one a
+version is left out, with a line. bfloat16 throughout. Times are medians of GPU time from a cold cache; a copy of the
+bytes that have to move is timed alike. Errors are relative and rms, against the float64 recurrence (beyond 2,048 tokens
+its float64 chunked form), the worst over lengths, widths, with and without a state, and packed documents.
+--json writes the rows as wkv7_gpu.json into FOLDER, as they come. Exits with 1 when a target is missed.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from wkv7_gpu_worker import LENGTHS, OURS
+
+from trihybrid.testing.wkv7_cases import KINDS, NAMES, SHARP
+
+Row = dict[str, Any]
+
+HEADLINE = (1, 4096, 32, 128)
+SHAPES = (
+    HEADLINE,
+    (8, 4096, 32, 128),
+    (1, 32_768, 32, 128),
+    (1, 131_072, 32, 128),
+    (1, 4096, 32, 64),
+    (8, 4096, 32, 64),
+)
+LONG = (1, 131_072, 2, 128)
+LONG_KINDS = ("random", "slow_decay", "repeated_keys")
+BATCHES = (1, 32, 256)
+WIDTHS = (64, 128)
+RIGHT = (
+    0.1  # a mode with a worst error below this counts as right; decays that RWKV-7 cannot make do not count
+)
+FLA = ("0.6.0", "0.4.1")
+PARTS = ("speed", "errors", "decode")
+
+FORWARD_MS, BOTH_MS, BATCHED_MS = 0.25, 0.80, 4.5
+FORWARD_RATIO, BOTH_RATIO, DECODE_RATIO = 3.0, 2.7, 2.0
+PER_TOKEN = 1.02  # of the time per token at 4,096 that a long sequence may take
+ERROR, SHARP_ERROR, DECAY_ERROR, SHARP_GRADIENT_ERROR = 5e-3, 2e-2, 1e-2, 4e-2
+
+
+def main() -> int:
+    """Run every worker, print the tables, and return the exit code."""
+    parser = argparse.ArgumentParser(description="WKV-7 on a GPU beside its peers.")
+    parser.add_argument("--fla", action="append", default=[], metavar="VERSION=FOLDER", help="a peer")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--peer-widths", default="128", help="head widths of the peers; each is tuned anew")
+    parser.add_argument("--without-ours", action="store_true", help="the peers alone")
+    parser.add_argument("--json", type=Path, metavar="FOLDER", help="write wkv7_gpu.json into this folder")
+    arguments = parser.parse_args()
+    parts = arguments.parts.split(",")
+    peer_widths = [int(width) for width in arguments.peer_widths.split(",")]
+    folders = dict(peer.partition("=")[::2] for peer in arguments.fla)
+    for version, folder in folders.items():
+        if not (Path(folder) / "fla").is_dir():
+            parser.error(
+                f"--fla {version}={folder}: no folder 'fla' in there; give the unpacked wheel of fla-core"
+            )
+    if wrong := set(parts) - set(PARTS):
+        parser.error(f"--parts has {', '.join(wrong)}; expected some of {', '.join(PARTS)}")
+    for version in FLA:
+        if version not in folders:
+            print(f"fla-core {version}: left out, since no --fla {version}=FOLDER was given")
+    workers = {} if arguments.without_ours else {"ours": ""}
+    workers |= {f"fla-{version}": str(Path(folder).resolve()) for version, folder in folders.items()}
+    rows: list[Row] = []
+    for name, folder in workers.items():
+        widths = WIDTHS if name == "ours" else peer_widths
+        for row in work(name, folder, list(tasks(name, parts, widths))):
+            rows.append(row)
+            if arguments.json is not None:
+                arguments.json.mkdir(parents=True, exist_ok=True)
+                (arguments.json / "wkv7_gpu.json").write_text(json.dumps(rows, indent=2) + "\n")
+    for part, table in (("speed", speed_table), ("errors", error_table), ("decode", decode_table)):
+        if part in parts:
+            print(f"\n{part}")
+            table(rows)
+    missed = list(targets(rows))
+    for line in missed:
+        print(f"missed: {line}")
+    return 1 if missed else 0
+
+
+def tasks(name: str, parts: list[str], widths: Sequence[int]) -> Iterator[Row]:
+    """What a worker does, what may end its process last."""
+    ours = name == "ours"
+    if "speed" in parts:
+        for shape in (shape for shape in SHAPES if shape[3] in widths):
+            if ours:
+                yield {"task": "copy", "shape": shape}
+            yield {
+                "task": "speed",
+                "shape": shape,
+                "only": OURS if ours and shape != HEADLINE else None,
+            }
+    if "decode" in parts:
+        for batch in BATCHES:
+            yield {"task": "decode", "batch": batch, "width": HEADLINE[3]}
+    if "errors" in parts:
+        for kind in KINDS:
+            yield {"task": "errors", "kind": kind, "lengths": LENGTHS, "widths": list(widths)}
+        for kind in LONG_KINDS:
+            yield {"task": "errors", "kind": kind, "lengths": LONG[1:2], "widths": LONG[3:]}
+
+
+def work(name: str, folder: str, waiting: list[Row]) -> Iterator[Row]:
+    """The rows of a worker. When it dies, the task that it was at is a row that says so, and another worker goes on."""
+    while waiting:
+        print(f"{name}: {len(waiting)} tasks", file=sys.stderr, flush=True)
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("wkv7_gpu_worker.py")), name, folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdin is not None and process.stdout is not None
+        with process.stdin:
+            json.dump(waiting, process.stdin)
+        at = None
+        for line in process.stdout:
+            if not line.startswith("{"):
+                continue
+            row = json.loads(line)
+            if "started" in row:
+                at = waiting.pop(0)
+                print(f"{name}: {at}", file=sys.stderr, flush=True)
+            elif "tuned" in row:
+                listed = ", ".join(f"{kernel} {count}" for kernel, count in row["tuned"].items()) or "none"
+                print(f"{name}: {row['versions']}; configurations tried by the tuners: {listed}")
+            else:
+                yield row
+        if process.wait():
+            if at is None:
+                print(f"{name} did not start: {process.returncode}; {len(waiting)} tasks were left out")
+                return
+            yield at | {"worker": name, "mode": "-", "failed": f"the process died ({process.returncode})"}
+
+
+def key(row: Row) -> tuple[int, ...]:
+    """The shape of a row of the speed table."""
+    return tuple(row["shape"])
+
+
+def speed_table(rows: list[Row]) -> None:
+    """Milliseconds, nanoseconds a token and head, and ratios to our kernel."""
+    print(
+        "| B, T, H, D | who | forward ms | ratio | forward+backward ms | ratio | ns a token and head | peak GiB "
+        "| error of o |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    for shape in SHAPES:
+        ours = our_speed(rows, shape)
+        for row in rows:
+            if row["task"] not in ("speed", "copy") or key(row) != shape:
+                continue
+            who = f"{row['worker']} {row['mode']}" if row["task"] == "speed" else "copy of the same bytes"
+            cells = [
+                str(shape)[1:-1],
+                who,
+                number(row, "forward_ms", "{:.3f}"),
+                ratio(row, ours, "forward_ms"),
+                number(row, "both_ms", "{:.3f}"),
+                ratio(row, ours, "both_ms"),
+                number(row, "both_ms", "{:.2f}", 1e6 / (shape[0] * shape[1] * shape[2])),
+                number(row, "peak_bytes", "{:.2f}", 2**-30),
+                row.get("failed") or number(row, "error", "{:.1e}"),
+            ]
+            print(f"| {' | '.join(cells)} |")
+    for version in FLA:
+        for right in (True, False):
+            if best := fastest(rows, f"fla-{version}", right):
+                print(
+                    f"fla-core {version}, fastest {'right' if right else 'wrong'} mode at {HEADLINE}: {best['mode']}, "
+                    f"forward+backward {best['both_ms']:.3f} ms"
+                )
+
+
+def error_table(rows: list[Row]) -> None:
+    """The worst error by kind of input, and where it was."""
+    print(
+        f"| who | inputs | tokens | {' | '.join(NAMES)} | worst |\n|---|---|---|{'---|' * (len(NAMES) + 1)}"
+    )
+    for row in rows:
+        if row["task"] == "errors":
+            tokens = f"{min(row['lengths']):,} .. {max(row['lengths']):,}"
+            found = row.get("errors", {})
+            cells = [f"{found[name]:.1e}" if name in found else "" for name in NAMES]
+            worst = row.get("failed") or row["where"]
+            print(
+                f"| {row['worker']} {row['mode']} | {row['kind']} | {tokens} | {' | '.join(cells)} | {worst} |"
+            )
+
+
+def decode_table(rows: list[Row]) -> None:
+    """Microseconds of one token, and how many times those of its bytes at the speed of a large copy."""
+    print("| batch, width | who | us a step | us of its bytes | ratio |\n|---|---|---|---|---|")
+    for row in rows:
+        if row["task"] == "decode":
+            who, size = f"{row['worker']} {row['mode']}", f"{row['batch']}, {row['width']}"
+            if "failed" in row:
+                print(f"| {size} | {who} | {row['failed']} | | |")
+                continue
+            times = row["microseconds"], row["floor_us"]
+            print(f"| {size} | {who} | {times[0]:.1f} | {times[1]:.1f} | {times[0] / times[1]:.2f} |")
+
+
+def number(row: Row, name: str, form: str, factor: float = 1.0) -> str:
+    """A cell, empty for what was not measured."""
+    return form.format(row[name] * factor) if name in row else ""
+
+
+def ratio(row: Row, ours: Row | None, name: str) -> str:
+    """How many times our time a row takes."""
+    return f"{row[name] / ours[name]:.2f}" if ours and name in row and name in ours else ""
+
+
+def our_speed(rows: list[Row], shape: tuple[int, ...]) -> Row | None:
+    """Our kernel's row at a shape, if it ran."""
+    found = (r for r in rows if r["task"] == "speed" and r["worker"] == "ours" and r["mode"] == OURS)
+    return next((row for row in found if key(row) == shape), None)
+
+
+def worst_error(rows: list[Row], worker: str, mode: str) -> float | None:
+    """Over all inputs that RWKV-7 can make; None when errors were not measured."""
+    found = [
+        max(row["errors"].values())
+        for row in rows
+        if row["task"] == "errors"
+        and (row["worker"], row["mode"]) == (worker, mode)
+        and row["kind"] != "extreme_decay"
+    ]
+    return max(found, default=None)
+
+
+def fastest(rows: list[Row], worker: str, right: bool) -> Row | None:
+    """The quickest mode of a peer forwards and backwards at the headline shape, among the right or the wrong ones."""
+    found = []
+    for row in rows:
+        if row["task"] == "speed" and row["worker"] == worker and key(row) == HEADLINE and "both_ms" in row:
+            error = worst_error(rows, worker, row["mode"])
+            if error is not None and (error <= RIGHT) == right:
+                found.append(row)
+    return min(found, key=lambda row: row["both_ms"], default=None)
+
+
+def limit(kind: str, name: str) -> float:
+    """The largest error that our kernel may have."""
+    if kind in SHARP:
+        return SHARP_ERROR if name in ("o", "final") else SHARP_GRADIENT_ERROR
+    return DECAY_ERROR if name == "log_w" else ERROR
+
+
+def targets(rows: list[Row]) -> Iterator[str]:
+    """A line for every target that our rows miss."""
+    head = our_speed(rows, HEADLINE)
+
+    def over(
+        row: Row | None, name: str, most: float, what: str, form: Callable[[float], str]
+    ) -> Iterator[str]:
+        if row and name in row and row[name] > most:
+            yield f"{what}: {form(row[name])}, the target is {form(most)}"
+
+    def ms(x: float) -> str:
+        return f"{x:.3f} ms"
+
+    yield from over(head, "forward_ms", FORWARD_MS, f"forward at {HEADLINE}", ms)
+    yield from over(head, "both_ms", BOTH_MS, f"forward+backward at {HEADLINE}", ms)
+    batched = our_speed(rows, SHAPES[1])
+    yield from over(batched, "both_ms", BATCHED_MS, f"forward+backward at {SHAPES[1]}", ms)
+    for shape in SHAPES[2:4]:
+        for name in ("forward_ms", "both_ms"):
+            if head and name in head:
+                most = head[name] * shape[1] / HEADLINE[1] * PER_TOKEN
+                yield from over(our_speed(rows, shape), name, most, f"{name} at {shape}", ms)
+    peers = [r for r in rows if r["task"] == "speed" and r["worker"] == "fla-0.6.0" and key(r) == HEADLINE]
+    for name, times in (("forward_ms", FORWARD_RATIO), ("both_ms", BOTH_RATIO)):
+        best = min((row[name] for row in peers if name in row), default=None)
+        if best is not None:
+            yield from over(head, name, best / times, f"{name} for a ratio of {times} to fla-core 0.6.0", ms)
+    memory = min((row["peak_bytes"] for row in peers if "peak_bytes" in row), default=None)
+    if memory is not None:
+        yield from over(head, "peak_bytes", memory, "peak memory", lambda x: f"{x / 2**30:.2f} GiB")
+    for row in rows:
+        if row["worker"] != "ours":
+            continue
+        if "failed" in row:
+            yield f"{row['task']}: {row['failed']}"
+        if row["task"] == "errors" and row["mode"] == OURS:
+            for name, error in row["errors"].items():
+                if not error <= limit(row["kind"], name):
+                    yield f"error of {name} on {row['kind']}: {error:.1e}, at most {limit(row['kind'], name):.0e}"
+        if row["task"] == "decode" and row["mode"] == "in place":
+            most = DECODE_RATIO * row["floor_us"]
+            yield from over(
+                row, "microseconds", most, f"decode of batch {row['batch']}", lambda x: f"{x:.1f} us"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

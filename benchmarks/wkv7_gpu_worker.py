@@ -1,0 +1,282 @@
+"""One process of wkv7_gpu.py: runs the tasks that come in as JSON, and prints a line of JSON for each row.
+
+Separate, so that two versions of a peer do not meet, and so that one that corrupts its process ends nothing else.
+"""
+
+import functools
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import AsyncCompileMode
+from triton.runtime.autotuner import Autotuner
+from triton.testing import do_bench
+
+from trihybrid.ops.wkv7 import wkv7
+from trihybrid.testing.wkv7_cases import (
+    DECAY_FLOOR,
+    answer,
+    differentiate,
+    errors,
+    make_inputs,
+    make_weights,
+)
+
+Operator = Callable[..., tuple[Tensor, Tensor]]
+LENGTHS = (1, 15, 17, 33, 64, 65, 300, 2048)  # of the error table
+CACHE = 256 * 2**20  # bytes that push everything out of a GPU's cache
+SECONDS, MOST, LEAST = 0.3, 50, 5  # of one measurement, and its repetitions
+DECODE_HEADS = 32
+OURS = "triton"
+
+tuned: dict[str, int] = {}
+"""Kernel name -> configurations that its tuner tried."""
+
+
+def main() -> None:
+    """Tasks from standard input; worker name and the peer's folder ("" for none) from the command line."""
+    name, folder = sys.argv[1:]
+    if folder:
+        sys.path.insert(0, folder)
+    warnings.simplefilter("ignore")
+    tune_in_parallel()
+    modes = operators(name)
+    for task in json.load(sys.stdin):
+        show({"started": task})
+        for row in TASKS[task["task"]](name, modes, **{k: v for k, v in task.items() if k != "task"}):
+            show(task | row | {"worker": name, "benchmark": "wkv7_gpu"})
+    show({"tuned": tuned, "versions": {"torch": torch.__version__, "triton": triton.__version__}})
+
+
+def show(row: dict[str, Any]) -> None:
+    """One line on standard output, at once."""
+    print(json.dumps(row), flush=True)
+
+
+def tune_in_parallel() -> None:
+    """Let a tuner compile all of its configurations at once before it times them one by one, for 25 ms each, and count
+    them. None is left out."""
+    prune = Autotuner.prune_configs
+    executor = ThreadPoolExecutor(os.cpu_count())
+
+    def compile_all(self: Autotuner, arguments: dict[str, Any]) -> list[triton.Config]:
+        configurations = prune(self, arguments)
+        tuned[self.base_fn.__name__] = len(configurations)
+        try:
+            with AsyncCompileMode(executor, ignore_errors=True):
+                for configuration in configurations:
+                    options = arguments | configuration.all_kwargs() | {"warmup": True}
+                    self.fn.run(*self.nargs.values(), **options)
+        except Exception:
+            # The tuner then compiles them itself, one after the other.
+            logging.exception("%s was not compiled in parallel", self.base_fn.__name__)
+        return configurations
+
+    Autotuner.prune_configs = compile_all
+    Autotuner.do_bench = property(lambda self: functools.partial(do_bench, warmup=5, rep=25))
+
+
+def operators(name: str) -> dict[str, Operator]:
+    """What a worker compares, as (r, log_w, k, v, a, b, state, reset) -> (o, state)."""
+    if name == "ours":
+        from trihybrid.ops.wkv7.triton import wkv7_triton
+
+        return {OURS: wkv7_triton, "torch, chunked": functools.partial(wkv7, backend="chunked")}
+    from fla.ops.rwkv7 import chunk_rwkv7
+
+    version = importlib.metadata.version("fla-core")
+    if name != f"fla-{version}":
+        raise ValueError(f"the folder given for {name} holds fla-core {version}")
+    options: dict[str, dict[str, Any]] = {"default": {}}
+    if version != "0.4.1":
+        safe = {f"safe_gate C={c}": {"safe_gate": True, "chunk_size": c} for c in (16, 32)}
+        options |= safe | {"lower_bound C=64": {"lower_bound": DECAY_FLOOR}}
+        options |= {f"{mode}, no recompute": o | {"disable_recompute": True} for mode, o in options.items()}
+    return {mode: functools.partial(peer, chunk_rwkv7, o) for mode, o in options.items()}
+
+
+def peer(
+    function: Callable[..., tuple[Tensor, Tensor]], options: dict[str, Any], *arguments: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """fla's operator in our terms. Documents only in one row, the first of which begins at its start."""
+    *tokens, state, reset = arguments
+    if reset is None:
+        return function(*tokens, scale=1.0, initial_state=state, output_final_state=True, **options)
+    starts = reset[0].nonzero().flatten()
+    ends = torch.cat((starts, starts.new_tensor([reset.shape[1]])))
+    o, final = function(*tokens, scale=1.0, output_final_state=True, cu_seqlens=ends, **options)
+    return o, final[-1:]
+
+
+def median_ms(call: Callable[[], Any]) -> float:
+    """Median of the milliseconds on the GPU, from a cold cache. The GPU sleeps first, so that it never waits for the
+    host."""
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    host = time.perf_counter() - start
+    torch.cuda.synchronize()
+    whole = time.perf_counter() - start
+    repetitions = max(LEAST, min(MOST, int(SECONDS / whole)))
+    group = max(1, min(repetitions, int(0.1 / host)))
+    cache = torch.empty(CACHE, dtype=torch.int8, device="cuda")
+    found: list[float] = []
+    while len(found) < repetitions:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(group)]
+        torch.cuda._sleep(int(2e9 * (1.3 * host * group + 1e-3)))
+        for before, after in events:
+            cache.zero_()
+            before.record()
+            call()
+            after.record()
+        torch.cuda.synchronize()
+        found += [before.elapsed_time(after) for before, after in events]
+    return statistics.median(found)
+
+
+def measure_speed(name: str, modes: dict[str, Operator], shape: Sequence[int], only: str | None = None):
+    """Forward and forward+backward of every mode, with peak memory, and the error of the last head's outputs."""
+    batch, length, heads, width = shape
+    *tokens, _ = make_inputs("random", (batch, length, heads, width), 0, "cuda", torch.bfloat16)
+    do, _ = make_weights((batch, length, heads, width), tokens[3])
+    last = [x[-1:, :, -1:].double() for x in tokens]
+    with torch.no_grad():
+        exact, _ = wkv7(*last, backend="chunked")
+    for mode, operator in modes.items():
+        if only is not None and mode != only:
+            continue
+
+        def forward(operator: Operator = operator) -> Tensor:
+            with torch.no_grad():
+                return operator(*tokens, None, None)[0]
+
+        leaves = [x.detach().requires_grad_() for x in tokens]
+
+        def both(operator: Operator = operator, leaves: list[Tensor] = leaves) -> None:
+            torch.autograd.grad(operator(*leaves, None, None)[0], leaves, do)
+
+        row: dict[str, Any] = {"mode": mode}
+        try:
+            o = forward()
+            row["error"] = ((o[-1:, :, -1:].double() - exact).norm() / exact.norm()).item()
+            del o
+            row["forward_ms"] = median_ms(forward)
+            both()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            both()
+            row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+            row["both_ms"] = median_ms(both)
+        except torch.OutOfMemoryError:
+            row["failed"] = "out of memory"
+        yield row
+
+
+def measure_copy(name: str, modes: dict[str, Operator], shape: Sequence[int]):
+    """A copy of the bytes that the operator has to move in bfloat16: 14 D a token and head forwards, 40 D in both."""
+    yield {
+        "mode": "copy",
+        **{
+            f"{part}_ms": copy_ms(widths * math.prod(shape))
+            for part, widths in (("forward", 14), ("both", 40))
+        },
+    }
+
+
+def copy_ms(moved: int) -> float:
+    """Milliseconds of a copy that reads and writes so many bytes in all."""
+    source = torch.empty(moved // 2, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return median_ms(lambda: target.copy_(source))
+
+
+def measure_errors(
+    name: str, modes: dict[str, Operator], kind: str, lengths: Sequence[int], widths: Sequence[int]
+):
+    """Each mode's worst error over lengths, widths, with and without a state, and packed documents, by name; a NaN is
+    the worst of all."""
+    worst: dict[str, dict[str, float]] = {mode: {} for mode in modes}
+    at: dict[str, tuple[float, str]] = dict.fromkeys(modes, (-1.0, ""))
+    for length in lengths:
+        for width in widths:
+            shape = (1, length, 2, width)
+            inputs = make_inputs(kind, shape, length, "cuda", torch.bfloat16)
+            weights = make_weights(shape, inputs[3])
+            for case in ("state", "no state", "documents"):
+                given, reset = inputs if case == "state" else [*inputs[:6], None], None
+                if case == "documents":
+                    reset = torch.rand(1, length, device="cuda") < 0.03
+                    reset[0, 0] = True
+                expected = answer(given, reset, weights)
+                for mode, operator in modes.items():
+                    leaves = [None if x is None else x.detach().requires_grad_() for x in given]
+                    found = differentiate(*operator(*leaves, reset), leaves, weights)
+                    for part, error in errors(found, expected, given[0]).items():
+                        error = error if math.isfinite(error) else math.inf
+                        worst[mode][part] = max(error, worst[mode].get(part, 0.0))
+                        at[mode] = max(at[mode], (error, f"{part}: T={length} D={width} {case}"))
+    for mode, found in worst.items():
+        yield {"mode": mode, "errors": found, "where": at[mode][1]}
+
+
+def measure_decode(name: str, modes: dict[str, Operator], batch: int, width: int):
+    """One token of a batch with 32 heads, replayed as a graph over more states than the cache holds."""
+    *tokens, _ = make_inputs("random", (batch, 1, DECODE_HEADS, width), 0, "cuda", torch.bfloat16)
+    shape = (batch, DECODE_HEADS, width, width)
+    count = max(2, CACHE // (4 * math.prod(shape)))
+    states = [torch.zeros(shape, device="cuda") for _ in range(count)]
+    r, log_w, k, v, a, b = tokens
+    calls: dict[str, Callable[[Tensor], Any]] = {}
+    if name == "ours":
+        from trihybrid.ops.wkv7.decode import wkv7_step, wkv7_step_
+
+        calls["in place"] = lambda state: wkv7_step_(*tokens, state)
+        calls["fresh state"] = lambda state: wkv7_step(*tokens, state)
+        calls["state read and written, no more"] = lambda state: state.mul_(1.0)
+    else:
+        from fla.ops.rwkv7 import fused_mul_recurrent_rwkv7, fused_recurrent_rwkv7
+
+        calls["fused_recurrent"] = lambda state: fused_recurrent_rwkv7(
+            r, log_w, k, v, a, b, scale=1.0, initial_state=state, output_final_state=True
+        )
+        calls["fused_mul_recurrent"] = lambda state: fused_mul_recurrent_rwkv7(
+            r, log_w, k, v, -a, torch.ones_like(a), scale=1.0, initial_state=state, output_final_state=True
+        )
+    moved = sum(x.numel() * x.element_size() for x in [*tokens, v]) + 8 * math.prod(shape)
+    floor_us = 1e3 * copy_ms(2**32) * moved / 2**32
+    for mode, call in calls.items():
+        with torch.no_grad():
+            call(states[0])
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                kept = [call(state) for state in states]
+        microseconds = 1e3 * median_ms(graph.replay) / count
+        yield {"mode": mode, "microseconds": microseconds, "bytes": moved, "floor_us": floor_us}
+        del graph, kept
+
+
+TASKS = {
+    "speed": measure_speed,
+    "copy": measure_copy,
+    "errors": measure_errors,
+    "decode": measure_decode,
+}
+
+
+if __name__ == "__main__":
+    main()
