@@ -250,7 +250,7 @@ def test_bad_text_is_refused(
             ("distill", "demo", "--set", "stages.0.loop.steps=-1"),
             "Input should be greater than or equal to 1 (got -1)",
         ),
-        (("plan", "no-such"), 'no built-in shape "no-such"; known: gemma-4-e2b'),
+        (("plan", "no-such"), 'no built-in shape "no-such"; known: gemma-3-12b'),
         (("plan", "gemma-4-e2b", "--pattern", "SR"), "has 2 slots, the model has 35 layers"),
         (("plan", "gemma-4-e2b", "--save", "no/such/plan.json"), "no/such"),
         (("report", "no-such"), "no-such does not exist"),

@@ -22,6 +22,7 @@ from trihybrid.recipe.load import (
     load_section,
     shipped_recipes,
 )
+from trihybrid.recipe.planned import teacher_config
 from trihybrid.recipe.schema import Recipe
 from trihybrid.surgery.plan import check_plan, make_plan
 from trihybrid.surgery.section import SurgerySection
@@ -58,7 +59,8 @@ def test_a_shipped_conversion_loads_plans_and_dry_runs(micro: ModuleType, path: 
     recipe = load_conversion(path)
     assert recipe.name == path.stem
     assert load_recipe(path.stem) == recipe
-    base = check_recipe(recipe)
+    # The weights of a published teacher are not at hand.
+    base = teacher_config(recipe) if recipe.teacher.shape else check_recipe(recipe)
     assert check_plan(make_plan(base, recipe.surgery, recipe.name), base) == recipe.surgery
     result = micro.trihybrid("distill", path, "--dry-run")
     assert (result.code, result.stdout, result.stderr) == (0, dump_recipe(recipe), "")

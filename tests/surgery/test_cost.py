@@ -3,13 +3,18 @@
 Legend: T tokens.
 """
 
+from itertools import product
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, Gemma4ForCausalLM
 
+from tiny_gemma4 import LAYERS, VOCABULARY
 from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
+from trihybrid.models.gemma4.retained import RetainedAttention
+from trihybrid.models.gemma4.slot import ConvertedSlot
 from trihybrid.surgery.cost import account
 from trihybrid.surgery.layout import student_config
 
@@ -34,6 +39,14 @@ BASES = {
     "two_groups": {"num_key_value_heads": 2},
     "keys_are_values": {"attention_k_eq_v": True, "num_global_key_value_heads": 2},
     "untied": {"tie_word_embeddings": False},
+    "experts": {
+        "enable_moe_block": True,
+        "num_experts": 6,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 20,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+    },
 }
 
 
@@ -89,8 +102,13 @@ def test_bytes_are_those_of_the_live_cache(make_base, make_section, name, shape)
     assert live["recurrent"] == costs["recurrent_state_bytes"]
 
 
-@pytest.mark.parametrize("shape", ["shared", "plain"])
-@pytest.mark.parametrize("name", ["teacher", "default", "tica_shared", "both_shared", "some", "mixed"])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *product(["teacher", "default", "tica_shared", "both_shared", "some", "mixed"], ["shared", "plain"]),
+        *product(["teacher", "mixed"], ["keys_are_values", "experts"]),
+    ],
+)
 def test_flops_are_those_counted_for_one_decoded_token(make_base, make_section, name, shape) -> None:
     """Before, at and past the border of the window of 8. Without the angles of the rotary tables, which older versions
     of transformers compute as a matrix product of one column and one row."""
@@ -100,6 +118,8 @@ def test_flops_are_those_counted_for_one_decoded_token(make_base, make_section, 
     costs = account(base, config, contexts)
     model = built(base, config)
     model.set_attn_implementation("eager")
+    if shape == "experts":
+        model.set_experts_implementation("eager")
     for context in contexts:
         cache = DynamicCache(config=model.config)
         tokens = torch.randint(3, 97, (1, context))
@@ -113,6 +133,33 @@ def test_flops_are_those_counted_for_one_decoded_token(make_base, make_section, 
         }
         counted = counter.get_total_flops() - counts.get("rotary_emb", 0)
         assert counted == costs["flops_per_token"][str(context)], context
+
+
+@pytest.mark.parametrize("shape", ["shared", "two_groups", "keys_are_values", "experts"])
+@pytest.mark.parametrize("name", ["teacher", "default", "both_shared", "mixed"])
+def test_bytes_read_are_weights_that_are_used_and_what_mixers_read(
+    make_base, make_section, name, shape
+) -> None:
+    base = make_base(**BASES[shape])
+    config = None if name == "teacher" else student_config(base, make_section(**SECTIONS[name]))
+    contexts = [1, 8, 30]
+    costs = account(base, config, contexts)
+    for index, row in enumerate(costs["layers"]):
+        mixers = (
+            [RetainedAttention(base, index)]
+            if config is None or not config.slot_list()[index].converted
+            else ConvertedSlot(config, index).mixers()
+        )
+        others = 2 * (row["active_parameters"] - row["mixer_parameters"])
+        for context in contexts:
+            read = sum(mixer.cost(context).bytes_read for mixer in mixers)
+            assert row["bytes_read"][str(context)] == others + read
+    table = LAYERS * base.hidden_size_per_layer_input
+    idle = 4 * 3 * 20 * 32 * LAYERS if shape == "experts" else 0
+    assert costs["active_parameters"] == costs["parameters"] - idle - VOCABULARY * table
+    whole = costs["bytes_read_per_token"]["8"] - sum(row["bytes_read"]["8"] for row in costs["layers"])
+    outside = costs["active_parameters"] - sum(row["active_parameters"] for row in costs["layers"])
+    assert whole == 2 * (outside + table)
 
 
 def test_rows_add_up(make_base, make_section) -> None:

@@ -17,6 +17,7 @@ LENDS, PREFILL, SCORES = (
     "gives up that fast prefill",
     "score FLOPs in converted slots",
 )
+KEPT = "keeps that fast prefill"
 NOTHING = "nothing grows with context any more"
 
 
@@ -101,7 +102,7 @@ def test_flops_at_a_context(plans) -> None:
     [
         ("card", [MORE, LENDS, PREFILL, SCORES]),
         ("shared", [LENDS, PREFILL, SCORES]),
-        ("two", [SCORES]),
+        ("two", [KEPT, SCORES]),
         ("upper", [MORE, LENDS, PREFILL, SCORES]),
         ("recurrent", [NOTHING, LENDS, PREFILL]),
         ("one", [MORE, LENDS, PREFILL, SCORES]),
@@ -121,7 +122,9 @@ def test_warnings_name_layers_and_numbers(plans) -> None:
     assert "layers 15 to 34" in prefill and "[19, 24, 29, 34] converted" in prefill
     assert "1/8 of the teacher's score FLOPs" in scores
     # Retained full layers do not blur the ratio of the converted ones.
-    assert "1/8 of" in plans["two"]["warnings"][0]
+    kept, ratio = plans["two"]["warnings"]
+    assert "layers 15 to 34 of the teacher are kept" in kept
+    assert "1/8 of" in ratio
 
 
 def test_a_plan_is_json_and_reads_back(plans) -> None:

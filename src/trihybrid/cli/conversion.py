@@ -66,7 +66,10 @@ def distill(
 @app.command()
 def plan(
     teacher: Annotated[
-        str, typer.Argument(help="A model folder, or a built-in shape such as `gemma-4-e2b`.")
+        str,
+        typer.Argument(
+            help="A model folder, a built-in shape such as `gemma-4-e2b`, or the recipe of a conversion."
+        ),
     ],
     pattern: Annotated[str | None, typer.Option(help='Layout, one letter a layer, as "SSSSR * 7".')] = None,
     share_kv: Annotated[
@@ -87,12 +90,22 @@ def plan(
     The defaults are the plan of the model card: every global layer becomes RWKV-7 + TICA.
     """
     from trihybrid.models.checkpoint import load_teacher_config
+    from trihybrid.recipe.load import shipped_recipes
+    from trihybrid.recipe.planned import plan_recipe
     from trihybrid.run import write_json
     from trihybrid.surgery.plan import CONTEXTS, make_plan
     from trihybrid.surgery.render import plan_tables
 
-    section = _surgery(pattern, share_kv, overrides)
-    made = make_plan(load_teacher_config(teacher), section, teacher, tuple(context or CONTEXTS))
+    contexts = tuple(context or CONTEXTS)
+    if teacher in shipped_recipes() or Path(teacher).suffix in (".yaml", ".yml"):
+        if pattern is not None or share_kv != "own":
+            raise ValueError(
+                "a recipe has a surgery of its own; change it with --set surgery.pattern=... and the like"
+            )
+        made = plan_recipe(teacher, overrides, contexts)
+    else:
+        section = _surgery(pattern, share_kv, overrides)
+        made = make_plan(load_teacher_config(teacher), section, teacher, contexts)
     if save is not None:
         write_json(save, made)
     if as_json:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma4ForCausalLM, Gemma4UnifiedTextConfig, PreTrainedModel
 
 from trihybrid.models.gemma4 import TrihybridGemma4Config, register
-from trihybrid.models.shapes import load_shape
+from trihybrid.models.shapes import CLASSES, TeacherConfig, load_shape
 
 MANIFEST = "trihybrid.json"
 TEACHER_TYPE = "gemma4_text"
@@ -117,8 +117,10 @@ def load_teacher(folder: str | Path) -> Gemma4ForCausalLM:
     return model
 
 
-def load_teacher_config(name: str) -> Gemma4TextConfig:
+def load_teacher_config(name: str) -> TeacherConfig:
     """The text configuration of a teacher: a folder (weights are not needed) or the name of a built-in shape.
+
+    The text model of a unified Gemma 4 becomes the `gemma4_text` that computes the same: one without per-layer inputs.
 
     Raises:
         ValueError: neither; or the configuration of another architecture.
@@ -128,11 +130,17 @@ def load_teacher_config(name: str) -> Gemma4TextConfig:
         return load_shape(name)
     fields = _read_config(folder)
     fields = fields.get("text_config", fields)
-    if fields.get("model_type") != TEACHER_TYPE:
+    kind = fields.get("model_type")
+    if kind == Gemma4UnifiedTextConfig.model_type:
+        kind = TEACHER_TYPE
+        fields = Gemma4UnifiedTextConfig.from_dict(fields).to_dict()
+        fields |= {"model_type": kind, "hidden_size_per_layer_input": 0, "enable_moe_block": False}
+    if kind not in CLASSES:
         raise ValueError(
-            f'{folder}: model_type is "{fields.get("model_type")}"; a teacher is "{TEACHER_TYPE}"'
+            f'{folder}: model_type is "{kind}"; a teacher is "{TEACHER_TYPE}" (plans also take '
+            '"gemma4_unified_text" and "gemma3_text")'
         )
-    return Gemma4TextConfig.from_dict(fields)
+    return CLASSES[kind].from_dict(fields)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
 from trihybrid.pretrain.task import PretrainTask
 from trihybrid.recipe.load import dump_recipe, load_conversion
 from trihybrid.recipe.measure import measure
+from trihybrid.recipe.planned import check_shape, teacher_name
 from trihybrid.recipe.schema import NAMES, Recipe
 from trihybrid.run import Lineage, RunDirectory, RunLog, hash_folder, hash_json, write_json, write_text
 from trihybrid.surgery.operate import operate, read_plan, save_student
@@ -132,7 +133,8 @@ def check_recipe(recipe: Recipe) -> Gemma4TextConfig:
         base = recipe.teacher.pretrain.configuration(tokenizer.vocab_size)
     else:
         base = load_teacher(str(recipe.teacher.folder)).config
-    make_plan(base, recipe.surgery, _teacher_name(recipe), contexts=(4096,))
+        check_shape(recipe, base)
+    make_plan(base, recipe.surgery, teacher_name(recipe), contexts=(4096,))
     if base.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"data.tokenizer has {tokenizer.vocab_size} tokens, the teacher knows {base.vocab_size}; "
@@ -190,10 +192,6 @@ def _prepare(recipe: Recipe, base: Gemma4TextConfig, folder: Path, begun: bool) 
     return data
 
 
-def _teacher_name(recipe: Recipe) -> str:
-    return recipe.teacher.folder or f"{recipe.name} teacher"
-
-
 def _make_teacher(run: Run) -> str:
     section = run.recipe.teacher.pretrain
 
@@ -222,7 +220,7 @@ def _operate(run: Run, parent: str) -> str:
 
     def make(stage_hash: str) -> None:
         teacher = load_teacher(run.directory.model("teacher"))
-        plan = make_plan(teacher.config, section, _teacher_name(run.recipe))
+        plan = make_plan(teacher.config, section, teacher_name(run.recipe))
         write_json(run.directory.plan, plan)
         student = operate(teacher, plan, calibration_blocks(run.data, section.calibration_tokens))
         save_student(student, plan, run.directory.model("operated"), run.data.tokenizer.save)

@@ -22,6 +22,11 @@ class TeacherSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     folder: str | None = Field(default=None, description="folder of a Gemma-4 text model")
+    shape: str | None = Field(
+        default=None,
+        description="name of the built-in shape that the folder must have; the recipe is planned with it where the "
+        "folder is not at hand",
+    )
     pretrain: PretrainSection | None = Field(
         default=None, description="shape and training of a teacher made here"
     )
@@ -30,6 +35,8 @@ class TeacherSection(BaseModel):
     def _one_source(self) -> "TeacherSection":
         if (self.folder is None) == (self.pretrain is None):
             raise ValueError("give exactly one of folder and pretrain")
+        if self.shape is not None and self.folder is None:
+            raise ValueError("shape names what a folder must have; a pretrained teacher gives its own")
         return self
 
 

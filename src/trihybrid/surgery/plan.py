@@ -4,12 +4,11 @@ import hashlib
 import json
 from typing import Any
 
-from transformers import Gemma4TextConfig
-
-from trihybrid.models.gemma4.config import key_value_owner, teacher_kinds
+from trihybrid.models.gemma4.config import first_sharing_layer, key_value_owner, teacher_kinds
 from trihybrid.models.pattern import Slot
+from trihybrid.models.shapes import TeacherConfig
 from trihybrid.surgery.cost import account
-from trihybrid.surgery.layout import donor_layer, score_width, student_config
+from trihybrid.surgery.layout import blueprint, donor_layer, score_width
 from trihybrid.surgery.section import SurgerySection
 
 FORMAT = 1
@@ -17,7 +16,7 @@ CONTEXTS = (4096, 32768, 131072)
 
 
 def make_plan(
-    base: Gemma4TextConfig, section: SurgerySection, name: str, contexts: tuple[int, ...] = CONTEXTS
+    base: TeacherConfig, section: SurgerySection, name: str, contexts: tuple[int, ...] = CONTEXTS
 ) -> dict:
     """The plan of a surgery; needs no weights.
 
@@ -34,8 +33,8 @@ def make_plan(
     Raises:
         ValueError: a layout that does not fit the teacher.
     """
-    student = student_config(base, section)
-    slots = student.slot_list()
+    student = blueprint(base, section)
+    slots = student.slots
     before = account(base, None, list(contexts))
     after = account(base, student, list(contexts))
     layers = [
@@ -62,7 +61,7 @@ def make_plan(
     }
 
 
-def config_hash(base: Gemma4TextConfig) -> str:
+def config_hash(base: TeacherConfig) -> str:
     """sha256 of what decides a teacher's tensors and their meaning; two checkpoints of one shape have the same."""
     fields = base.to_dict()
     named = {
@@ -89,10 +88,14 @@ def config_hash(base: Gemma4TextConfig) -> str:
             "final_logit_softcapping",
         )
     }
+    # What only some teachers have, and only there: the others keep the hash that they had without it.
+    for name in ("num_experts", "top_k_experts", "moe_intermediate_size", "query_pre_attn_scalar"):
+        if fields.get(name) is not None:
+            named[name] = fields[name]
     return hashlib.sha256(json.dumps(named, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def check_plan(plan: dict[str, Any], base: Gemma4TextConfig) -> SurgerySection:
+def check_plan(plan: dict[str, Any], base: TeacherConfig) -> SurgerySection:
     """The surgery section of a plan that was made for this teacher.
 
     Raises:
@@ -109,28 +112,31 @@ def check_plan(plan: dict[str, Any], base: Gemma4TextConfig) -> SurgerySection:
     return SurgerySection.model_validate(plan["surgery"])
 
 
-def sources(base: Gemma4TextConfig, slot: Slot, index: int, section: SurgerySection) -> dict[str, str]:
+def sources(base: TeacherConfig, slot: Slot, index: int, section: SurgerySection) -> dict[str, str]:
     """What each new tensor of a converted slot is made from, in words."""
     owner = key_value_owner(base, index)
     order = "permuted" if section.heads == "permuted" else "in plain blocks"
+    projected = f"k_proj and v_proj rows {order}, k_norm folded in"
+    if getattr(base, "attention_k_eq_v", False):
+        projected = f"k_proj rows {order}, with k_norm folded in for keys and without for values"
+    gemma3 = base.model_type == "gemma3_text"
+    # Gemma 3 norms queries and keys by 1 + weight, scales scores, and does not norm values.
+    projected = projected.replace("k_norm", "1 + k_norm") if gemma3 else f"{projected}, value at rms 1"
+    folded = "1 + its q_norm and the scale of scores" if gemma3 else "its q_norm"
     found: dict[str, str] = {}
     if "rwkv7" in slot.mixers:
-        found["rwkv7.receptance"] = f"layer {index} q_proj rows {order}, its q_norm folded in"
+        found["rwkv7.receptance"] = f"layer {index} q_proj rows {order}, {folded} folded in"
         found["rwkv7.output"] = f"layer {index} o_proj columns {order}, scaled to the teacher's rms"
         if "rwkv7" in slot.donors:
             found["rwkv7.key, value"] = f"none: slot {owner}'s, read at run time"
         elif donor_layer(base, index) is None:
-            found["rwkv7.key, value"] = (
-                f"layer {index} k_proj and v_proj rows {order}, k_norm folded in, value at rms 1"
-            )
+            found["rwkv7.key, value"] = f"layer {index} {projected}"
         elif section.donor_keys_values == "ridge":
             found["rwkv7.key, value"] = (
                 f"ridge regression of layer {owner}'s keys and values on layer {index}'s input"
             )
         else:
-            found["rwkv7.key, value"] = (
-                f"layer {owner} k_proj and v_proj rows {order}, k_norm folded in, value at rms 1"
-            )
+            found["rwkv7.key, value"] = f"layer {owner} {projected}"
         found["rwkv7.r_norm, k_norm"] = "ones times the rms of the teacher's norm weights"
         found["rwkv7.w*, a*"] = "hxa07c start"
         found["rwkv7.g*"] = "gate of one" if section.rwkv7.gate == "unit" else "published small gate"
@@ -146,10 +152,15 @@ def sources(base: Gemma4TextConfig, slot: Slot, index: int, section: SurgerySect
 
 
 def warnings(
-    base: Gemma4TextConfig, slots: list[Slot], before: dict[str, Any], after: dict[str, Any]
+    base: TeacherConfig, slots: list[Slot], before: dict[str, Any], after: dict[str, Any]
 ) -> list[str]:
     """What a user should know before the operation."""
     found = []
+    if base.model_type == "gemma3_text":
+        found.append(
+            "a plan only: there is no converted Gemma 3 yet; its decoder layer has other norms, a scale of scores and "
+            "no norm of values"
+        )
     converted = [index for index, slot in enumerate(slots) if slot.converted]
     kv_before, kv_after = before["global_kv_bytes_per_token"], after["global_kv_bytes_per_token"]
     if kv_after > kv_before:
@@ -174,20 +185,26 @@ def warnings(
                 f"layer {index} lends keys and values to layers {own} in the teacher; after conversion they compute "
                 "their own, which starts only near what they read before"
             )
-    first_shared = base.num_hidden_layers - base.num_kv_shared_layers
+    first_shared = first_sharing_layer(base)
     upper = [index for index in converted if index >= first_shared]
-    if upper and base.num_kv_shared_layers:
+    sharing = f"layers {first_shared} to {base.num_hidden_layers - 1} of the teacher"
+    if upper:
         found.append(
-            f"layers {first_shared} to {base.num_hidden_layers - 1} of the teacher need only the last token of a "
-            f"prompt; with {upper} converted every token passes them, which gives up that fast prefill"
+            f"{sharing} need only the last token of a prompt; with {upper} converted every token passes them, which "
+            "gives up that fast prefill"
+        )
+    elif converted and first_shared < base.num_hidden_layers:
+        found.append(
+            f"{sharing} are kept and still need only the last token of a prompt: an engine that leaves out the others "
+            "there keeps that fast prefill"
         )
     # Retained full slots cost what they cost before, so only converted ones are compared.
     pair_after = sum(after["layers"][index]["score_flops_per_pair"] for index in converted)
     if pair_after and all("tica" in slots[i].mixers for i in converted):
         ratio = 2 * score_width(base) * len(converted) / pair_after
         if abs(ratio - round(ratio)) < 1e-9:
+            card = " (the card says up to 1/16)" if ratio < 16 else ""
             found.append(
-                f"a query-key pair costs 1/{round(ratio)} of the teacher's score FLOPs in converted slots (the card "
-                "says up to 1/16)"
+                f"a query-key pair costs 1/{round(ratio)} of the teacher's score FLOPs in converted slots{card}"
             )
     return found

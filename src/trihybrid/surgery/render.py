@@ -6,6 +6,7 @@ from rich.table import Table
 
 TOTALS = (
     ("parameters", "parameters"),
+    ("active_parameters", "parameters that a token uses"),
     ("global_kv_bytes_per_token", "keys and values that grow, bytes a token"),
     ("recurrent_state_bytes", "recurrent state, bytes"),
     ("sliding_cache_bytes", "sliding windows, bytes"),
@@ -67,4 +68,7 @@ def _totals(plan: dict[str, Any]) -> Table:
     for context, before in plan["before"]["flops_per_token"].items():
         after = plan["after"]["flops_per_token"][context]
         table.add_row(f"FLOPs a token at {int(context):,}", f"{before:,}", f"{after:,}")
+    for context, before in plan["before"]["bytes_read_per_token"].items():
+        after = plan["after"]["bytes_read_per_token"][context]
+        table.add_row(f"bytes read a token at {int(context):,}", f"{before:,}", f"{after:,}")
     return table

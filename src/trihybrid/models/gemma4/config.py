@@ -1,12 +1,13 @@
 """Configuration of a converted Gemma-4: the teacher's text configuration verbatim, and what stands in each slot."""
 
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import Gemma4TextConfig, PreTrainedConfig
 
 from trihybrid.mixers.rwkv7 import Rwkv7Options
 from trihybrid.mixers.tica import TicaOptions
 from trihybrid.models.pattern import Slot
+from trihybrid.models.shapes import TeacherConfig
 
 COPIED = (
     "vocab_size",
@@ -29,6 +30,22 @@ COPIED = (
 )
 """Fields of the teacher that generic code reads on top. `num_kv_shared_layers` is not among them: with it, transformers
 builds a cache that stops at the first sharing layer and has no slot for the recurrences above."""
+
+
+class SlotSizes(Protocol):
+    """What converted slots are built from: a student's configuration, or a plan of one."""
+
+    def slot_list(self) -> list[Slot]:
+        """One slot a layer."""
+        ...
+
+    def rwkv7_options(self) -> Rwkv7Options:
+        """Sizes of rwkv7, where a slot holds it."""
+        ...
+
+    def tica_options(self) -> TicaOptions:
+        """Sizes of tica, where a slot holds it."""
+        ...
 
 
 class TrihybridGemma4Config(PreTrainedConfig):
@@ -96,22 +113,28 @@ class TrihybridGemma4Config(PreTrainedConfig):
 _KIND_OF_TYPE = {"sliding_attention": "sliding", "full_attention": "full"}
 
 
-def teacher_kinds(base: Gemma4TextConfig) -> list[str]:
+def teacher_kinds(base: TeacherConfig) -> list[str]:
     """`sliding` or `full` for each layer of a teacher."""
     return [_KIND_OF_TYPE[kind] for kind in base.layer_types]
 
 
-def key_value_owner(base: Gemma4TextConfig, index: int) -> int:
+def first_sharing_layer(base: TeacherConfig) -> int:
+    """The first layer without keys and values of its own; as many as there are layers where each has its own, as in all
+    of Gemma 3."""
+    return base.num_hidden_layers - getattr(base, "num_kv_shared_layers", 0)
+
+
+def key_value_owner(base: TeacherConfig, index: int) -> int:
     """The layer whose keys and values layer `index` of the teacher reads: itself, or the last layer of its own type
     before the sharing ones."""
-    first_shared = base.num_hidden_layers - base.num_kv_shared_layers
+    first_shared = first_sharing_layer(base)
     if index < first_shared:
         return index
     kind = base.layer_types[index]
     return max(i for i in range(first_shared) if base.layer_types[i] == kind)
 
 
-def check_slots(base: Gemma4TextConfig, slots: list[Slot]) -> None:
+def check_slots(base: TeacherConfig, slots: list[Slot]) -> None:
     """Refuse layouts that cannot run.
 
     Raises:

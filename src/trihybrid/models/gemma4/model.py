@@ -88,6 +88,11 @@ class TrihybridGemma4PreTrainedModel(Gemma4PreTrainedModel):
     _is_stateful = True
     input_modalities = ("text",)
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for experts in the source of a class, and ours inherits them.
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -133,10 +138,11 @@ class TrihybridGemma4Model(TrihybridGemma4PreTrainedModel, Gemma4TextModel):
         self.base = self.config
         # transformers has just chosen an attention for the teacher's configuration; ours has none yet without a head.
         config._attn_implementation = self.base._attn_implementation
+        config._experts_implementation = self.base._experts_implementation
         self.config = config
         for index, slot in enumerate(config.slot_list()):
             if slot.converted:
-                self.layers[index] = ConvertedDecoderLayer(config, index)
+                self.layers[index] = ConvertedDecoderLayer(config, self.base, index)
         self.post_init()
 
     def prepare(
@@ -195,6 +201,7 @@ class TrihybridGemma4Model(TrihybridGemma4PreTrainedModel, Gemma4TextModel):
         span: Span,
     ) -> dict[str, Tensor | None]:
         self.base._attn_implementation = self.config._attn_implementation
+        self.base._experts_implementation = self.config._experts_implementation
         masks = {}
         for kind in layer_types:
             create = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask

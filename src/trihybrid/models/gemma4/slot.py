@@ -7,6 +7,7 @@ h -> input_layernorm -> [rwkv7] + [tica] -> post_attention_layernorm -> + h -> M
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import Gemma4TextConfig
 from transformers.cache_utils import Cache
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextDecoderLayer
 
@@ -15,13 +16,13 @@ from trihybrid.mixers.rwkv7 import Rwkv7
 from trihybrid.mixers.span import Span
 from trihybrid.mixers.tica import Tica
 from trihybrid.models.cache import read_state, write_state
-from trihybrid.models.gemma4.config import TrihybridGemma4Config
+from trihybrid.models.gemma4.config import SlotSizes, TrihybridGemma4Config
 
 
 class ConvertedSlot(nn.Module):
     """The mixers of one slot; their outputs add up. Stands where the decoder layer expects its `self_attn`."""
 
-    def __init__(self, config: TrihybridGemma4Config, index: int) -> None:
+    def __init__(self, config: SlotSizes, index: int) -> None:
         super().__init__()
         self.index = index
         slot = config.slot_list()[index]
@@ -57,8 +58,9 @@ class ConvertedSlot(nn.Module):
 
 
 class ConvertedDecoderLayer(Gemma4TextDecoderLayer):
-    """The teacher's layer `index` with a `ConvertedSlot` as its `self_attn`."""
+    """The teacher's layer `index` with a `ConvertedSlot` as its `self_attn`; `base` is the teacher's configuration, one
+    object for all layers, by which transformers chooses what computes the experts."""
 
-    def __init__(self, config: TrihybridGemma4Config, index: int) -> None:
-        super().__init__(config.base(), index)
+    def __init__(self, config: TrihybridGemma4Config, base: Gemma4TextConfig, index: int) -> None:
+        super().__init__(base, index)
         self.self_attn = ConvertedSlot(config, index)

@@ -1,12 +1,36 @@
-"""Built-in shapes: text configurations of known teachers, so that a plan needs no checkpoint."""
+"""Built-in shapes: text configurations of known teachers, so that a plan needs no checkpoint.
+
+Where the numbers come from: the tables of variants in transformers' conversion scripts of the published weights,
+`models/gemma4/convert_gemma4_weights.py` (E2B, E4B, 26B-A4B, 31B), `models/gemma4_unified/
+convert_gemma4_unified_weights.py` (12B) and `models/gemma3/convert_gemma3_weights.py` (Gemma 3), with what they leave
+to the defaults of the configuration classes written out. The files of Gemma 3 from 4B on have 64 more rows in the
+vocabulary (262,208) than the script. Checked against the parameter counts that the Hugging Face hub states for the
+published files (Gemma 4, to the last parameter) and KerasHub's presets (Gemma 3): `tests/surgery/test_shapes.py`.
+
+The 12B is published as `gemma4_unified_text`: the text model of Gemma 4 without per-layer inputs and experts. Here it
+is the `gemma4_text` that computes the same.
+"""
 
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import TypeAlias
 
-from transformers import Gemma4TextConfig
+from transformers import Gemma3TextConfig, Gemma4TextConfig
 
-ALIASES = {"google/gemma-4-E2B": "gemma-4-e2b", "google/gemma-4-E2B-it": "gemma-4-e2b"}
+TeacherConfig: TypeAlias = Gemma4TextConfig | Gemma3TextConfig
+
+CLASSES: dict[str, type[TeacherConfig]] = {"gemma4_text": Gemma4TextConfig, "gemma3_text": Gemma3TextConfig}
+
+ALIASES = {
+    f"google/{family}-{size}{ending}": f"{family}-{size}".lower()
+    for family, sizes, endings in (
+        ("gemma-4", ("E2B", "E4B", "12B", "26B-A4B", "31B"), ("", "-it")),
+        ("gemma-3", ("1b", "4b", "12b", "27b"), ("-pt", "-it")),
+    )
+    for size in sizes
+    for ending in endings
+}
 
 
 def shape_names() -> list[str]:
@@ -16,7 +40,7 @@ def shape_names() -> list[str]:
     )
 
 
-def load_shape(name: str) -> Gemma4TextConfig:
+def load_shape(name: str) -> TeacherConfig:
     """The text configuration of a built-in shape, by its name or by the hub name of the model that has it.
 
     Raises:
@@ -24,8 +48,9 @@ def load_shape(name: str) -> Gemma4TextConfig:
     """
     stem = ALIASES.get(name, name.lower())
     if stem not in shape_names():
-        known = shape_names() + sorted(ALIASES)
         raise ValueError(
-            f'no built-in shape "{name}"; known: {", ".join(known)}; or give a folder with a config.json'
+            f'no built-in shape "{name}"; known: {", ".join(shape_names())} and their hub names, as '
+            f"{min(ALIASES)}; or give a folder with a config.json"
         )
-    return Gemma4TextConfig.from_dict(json.loads((files(__name__) / f"{stem}.json").read_text()))
+    fields = json.loads((files(__name__) / f"{stem}.json").read_text())
+    return CLASSES[fields["model_type"]].from_dict(fields)
