@@ -67,6 +67,19 @@ def test_a_healthy_installation_passes() -> None:
     assert "FAIL" not in text
 
 
+def test_a_backend_is_not_blamed_for_a_dtype_that_it_does_not_take(
+    register: Callable[[registry.Backend], None],
+) -> None:
+    def halves(key_width: int, value_width: int, dtype: torch.dtype) -> str | None:
+        return None if dtype == torch.bfloat16 else f"v is {dtype}"
+
+    (reference,) = registry.backends("wkv7")
+    register(dataclasses.replace(reference, name="halves", takes=halves))
+    examination = doctor.examine()
+    assert examination.healthy
+    assert not any("halves" in check.name for check in examination.checks)
+
+
 def late_error(function: Callable, *arguments: object) -> tuple:
     """One number in 25,600 is off by one, in the last token."""
     o_BTHV, state_BHKV = function(*arguments)

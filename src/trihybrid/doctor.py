@@ -43,6 +43,7 @@ OPERATORS = ("wkv7",)
 # The project's meaning of "==", as a relative rms error.
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 CHECKED_DTYPES = {"cpu": (torch.float64, torch.float32), "cuda": (torch.float32, torch.bfloat16)}
+WKV7_WIDTH = 64
 WKV7_INPUTS = ("r", "log_w", "k", "v", "a", "b", "state")
 
 
@@ -216,6 +217,7 @@ def _check_wkv7(device: torch.device) -> list[Check]:
         if backend.available(device) is None
         for dtype in CHECKED_DTYPES[device.type]
         if (backend.name, dtype) != ("reference", torch.float64)
+        if backend.takes is None or backend.takes(WKV7_WIDTH, WKV7_WIDTH, dtype) is None
     ]
 
 
@@ -234,7 +236,7 @@ def _wkv7_inputs(dtype: torch.dtype, repeated: bool) -> dict[str, Tensor]:
     """r, k, v, a, b [2, 100, 2, 64] in dtype; log_w and the state [2, 2, 64, 64] at least float32."""
     random = torch.Generator().manual_seed(7)
     wide = torch.float32 if dtype == torch.bfloat16 else dtype
-    shape = (2, 100, 2, 64)
+    shape = (2, 100, 2, WKV7_WIDTH)
     r_BTHK, k_BTHK, v_BTHV, w_BTHK, a_BTHK = torch.randn(
         5, *shape, generator=random, dtype=torch.float64
     ).unbind(0)
@@ -248,7 +250,7 @@ def _wkv7_inputs(dtype: torch.dtype, repeated: bool) -> dict[str, Tensor]:
         "v": v_BTHV,
         "a": -direction_BTHK,
         "b": direction_BTHK * a_BTHK.sigmoid(),
-        "state": torch.randn(2, 2, 64, 64, generator=random, dtype=torch.float64),
+        "state": torch.randn(2, 2, WKV7_WIDTH, WKV7_WIDTH, generator=random, dtype=torch.float64),
     }
     return {name: value.to(wide if name in ("log_w", "state") else dtype) for name, value in values.items()}
 
