@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, StaticCache, pipeline
 
 from trihybrid.data import Tokenizer
+from trihybrid.models.cache import CACHE
 from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
 
 MakeModel = Callable[..., TrihybridGemma4ForCausalLM]
@@ -85,9 +86,9 @@ def test_a_second_turn_is_a_fresh_start_with_all_tokens(
     cache = (
         StaticCache(config=model.config, max_cache_len=60) if static else DynamicCache(config=model.config)
     )
-    first = generate(model, tokens(1, 9), past_key_values=cache)
+    first = generate(model, tokens(1, 9), **{CACHE: cache})
     question = torch.cat([first, tokens(1, 7, seed=3)], 1)
-    second = generate(model, question, past_key_values=cache)
+    second = generate(model, question, **{CACHE: cache})
     assert second.shape == (1, 9 + 8 + 7 + 8)
     assert torch.equal(second, generate(model, question))
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Gemma4ForCausalLM, StaticCache
 
+from trihybrid.models.cache import CACHE
 from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
 from trihybrid.models.gemma4.slot import ConvertedDecoderLayer
 
@@ -66,8 +67,8 @@ def test_unconverted_student_is_the_teacher_to_the_bit(
         ours, theirs = model(ids[:, :13]), original(ids[:, :13])
         for index in range(13, 20):
             token = ids[:, index : index + 1]
-            ours = model(token, past_key_values=ours.past_key_values)
-            theirs = original(token, past_key_values=theirs.past_key_values)
+            ours = model(token, **{CACHE: ours[CACHE]})
+            theirs = original(token, **{CACHE: theirs[CACHE]})
             assert torch.equal(ours.logits, theirs.logits)
 
 
@@ -80,11 +81,11 @@ def test_chunks_with_a_cache_are_one_pass(
 ) -> None:
     model, ids = student(layout), tokens(2, 40)
     whole = model(ids, use_cache=False)
-    assert whole.past_key_values is None
+    assert CACHE not in whole
     cache, parts = None, []
     for begin, end in itertools.pairwise(CUTS):
-        out = model(ids[:, begin:end], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(ids[:, begin:end], **{CACHE: cache}, use_cache=True)
+        cache = out[CACHE]
         parts.append(out.logits)
     assert difference(torch.cat(parts, 1), whole.logits) <= FLOAT32
     assert int(cache.get_seq_length()) == 40
@@ -96,9 +97,7 @@ def test_chunks_with_a_preallocated_cache_are_one_pass(
 ) -> None:
     model, ids = student(typical_layout), tokens(2, 30)
     cache = StaticCache(config=model.config, max_cache_len=37)
-    parts = [
-        model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 13), (13, 14), (14, 25), (25, 30))
-    ]
+    parts = [model(ids[:, a:b], **{CACHE: cache}).logits for a, b in ((0, 13), (13, 14), (14, 25), (25, 30))]
     assert difference(torch.cat(parts, 1), model(ids, use_cache=False).logits) <= FLOAT32
 
 
@@ -135,9 +134,9 @@ def test_left_padding_changes_nothing(
             batch[:, begin:end],
             attention_mask=mask[:, :end],
             position_ids=None if position_ids is None else position_ids[:, begin:end],
-            past_key_values=cache,
+            **{CACHE: cache},
         )
-        cache = out.past_key_values
+        cache = out[CACHE]
         parts.append(out.logits)
     assert difference(torch.cat(parts, 1)[:1, 6:], alone) <= FLOAT32
 
@@ -150,7 +149,7 @@ def test_padding_longer_than_a_block(
     model, ids = student(typical_layout), tokens(1, 12)
     mask = torch.cat([torch.zeros(1, 9, dtype=torch.long), torch.ones(1, 12, dtype=torch.long)], 1)
     first = model(torch.zeros(1, 9, dtype=torch.long), attention_mask=mask[:, :9])
-    rest = model(ids, attention_mask=mask, past_key_values=first.past_key_values)
+    rest = model(ids, attention_mask=mask, **{CACHE: first[CACHE]})
     assert difference(rest.logits, model(ids).logits) <= FLOAT32
 
 
@@ -204,7 +203,7 @@ def test_arguments_that_are_refused(student: MakeModel, tokens: Tokens) -> None:
     with pytest.raises(ValueError, match="padding between real tokens"):
         model(ids, attention_mask=mask)
     with pytest.raises(ValueError, match="the cache already holds 8 tokens"):
-        model(ids, position_ids=packed, past_key_values=model(ids).past_key_values)
+        model(ids, position_ids=packed, **{CACHE: model(ids)[CACHE]})
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
@@ -320,7 +319,7 @@ def test_eager_is_sdpa(
     retained = [layer for layer in model.model.layers if not isinstance(layer, ConvertedDecoderLayer)]
     first = model(ids[:, :12], attention_mask=mask[:, :12])
     assert {layer.self_attn.config._attn_implementation for layer in retained} == {"eager"}
-    second = model(ids[:, 12:], attention_mask=mask, past_key_values=first.past_key_values)
+    second = model(ids[:, 12:], attention_mask=mask, **{CACHE: first[CACHE]})
     eager = torch.cat([first.logits, second.logits], 1)
     assert difference(eager[0, 5:], reference[0, 5:]) <= FLOAT32
     assert difference(eager[1], reference[1]) <= FLOAT32
@@ -372,10 +371,10 @@ def test_bfloat16_is_close_and_its_states_stay_float32(
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
     out = model(ids[:, :12])
-    last = model(ids[:, 12:], past_key_values=out.past_key_values)
+    last = model(ids[:, 12:], **{CACHE: out[CACHE]})
     assert last.logits.dtype == torch.bfloat16
     assert difference(torch.cat([out.logits, last.logits], 1), reference) <= 5e-2
-    for slot in last.past_key_values.layers:
+    for slot in last[CACHE].layers:
         states = getattr(slot, "recurrent_states", {})
         assert all(state is None or state.dtype == torch.float32 for state in states.values())
         assert getattr(slot, "keys", None) is None or slot.keys.dtype == torch.bfloat16

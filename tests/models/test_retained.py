@@ -7,6 +7,7 @@ from transformers import DynamicCache, Gemma4TextConfig, Gemma4TextModel
 from trihybrid.mixers.contract import Shared
 from trihybrid.mixers.span import contiguous, padded
 from trihybrid.mixers.state import RecurrentState
+from trihybrid.models.cache import CACHE
 from trihybrid.models.gemma4.retained import RetainedAttention
 from trihybrid.models.shapes import load_shape
 from trihybrid.testing import relative_error
@@ -63,7 +64,7 @@ def test_adapter_equals_the_layers_of_the_teacher(implementation, pad):
                 ids[:, start:end],
                 attention_mask=mask[:, :end],
                 position_ids=(mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, start:],
-                past_key_values=cache,
+                **{CACHE: cache},
             )
             span, shared = padded(mask[:, :end], end - start, start), Shared()
             for (index, x_BTD, expected), adapter in zip(list(seen), adapters, strict=True):

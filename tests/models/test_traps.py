@@ -15,6 +15,7 @@ from transformers import DynamicCache, Gemma4ForCausalLM, StaticCache
 
 from trihybrid.mixers.contract import Mixer
 from trihybrid.models import gemma4
+from trihybrid.models.cache import CACHE
 from trihybrid.models.checkpoint import load_teacher
 from trihybrid.models.gemma4 import TrihybridGemma4Config, TrihybridGemma4ForCausalLM
 from trihybrid.models.gemma4.slot import ConvertedDecoderLayer
@@ -108,7 +109,7 @@ def test_checkpointing_and_the_default_cache(
     checkpointing(model)
     out = model(ids, labels=ids)
     out.loss.backward()
-    assert out.past_key_values is None
+    assert CACHE not in out
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, expected[name]), name
 
@@ -117,12 +118,29 @@ def test_checkpointing_and_the_default_cache(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_goes_by_both_names_of_transformers(student: MakeModel, tokens: Tokens, name: str) -> None:
+    """5.24 renamed the argument; code that was written for either name continues the same text."""
+    model, ids = student("tica_shared"), tokens(1, 12)
+    last = model(ids[:, 9:], **{name: model(ids[:, :9])[CACHE]})
+    assert torch.equal(last.logits, model(ids[:, 9:], **{CACHE: model(ids[:, :9])[CACHE]}).logits)
+    assert last[CACHE].get_seq_length() == 12
+
+
+@torch.no_grad()
+def test_two_caches_are_refused(student: MakeModel, tokens: Tokens) -> None:
+    model, ids = student("tica_shared"), tokens(1, 4)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(ids, cache=model(ids)[CACHE], past_key_values=model(ids)[CACHE])
+
+
+@torch.no_grad()
 def test_a_recurrence_marks_its_slot_as_filled(
     student: MakeModel, tokens: Tokens, typical_layout: str
 ) -> None:
     """transformers sets that mark for convolution states only."""
     model = student(typical_layout)
-    cache = model(tokens(1, 9)).past_key_values
+    cache = model(tokens(1, 9))[CACHE]
     for index, slot in enumerate(model.config.slot_list()):
         if "rwkv7" in slot.mixers:
             assert cache.has_previous_state(index)
@@ -138,7 +156,7 @@ def test_tokens_are_counted_where_the_first_slots_store_none(
     model, ids = student(name), tokens(1, 20)
     cache = None
     for begin, end in ((0, 11), (11, 12), (12, 20)):
-        cache = model(ids[:, begin:end], past_key_values=cache).past_key_values
+        cache = model(ids[:, begin:end], **{CACHE: cache})[CACHE]
         assert int(cache.get_seq_length()) == end
 
 
@@ -167,7 +185,7 @@ def test_what_a_token_costs_in_the_cache(
         found += [state for slot in cache.layers for state in getattr(slot, "recurrent_states", {}).values()]
         return sum(t.numel() * t.element_size() for t in found if t is not None)
 
-    sizes = [held(model(ids[:, :length]).past_key_values) for length in (20, 40)]
+    sizes = [held(model(ids[:, :length])[CACHE]) for length in (20, 40)]
     assert sizes[1] - sizes[0] == 20 * bytes_a_token
 
 
@@ -175,32 +193,32 @@ def test_what_a_token_costs_in_the_cache(
 def test_a_snapshot_must_be_a_copy(student: MakeModel, tokens: Tokens, difference: Difference) -> None:
     """A recurrent slot is updated in place, so a kept reference moves on; a copy continues where it was taken."""
     model, ids = student("tica_everywhere"), tokens(1, 16)
-    cache = model(ids[:, :10]).past_key_values
+    cache = model(ids[:, :10])[CACHE]
     state = cache.layers[1].recurrent_states[0]
     snapshot, kept = copy.deepcopy(cache), state.clone()
-    first = model(ids[:, 10:], past_key_values=cache).logits
+    first = model(ids[:, 10:], **{CACHE: cache}).logits
     assert not torch.equal(state, kept)
     assert torch.equal(snapshot.layers[1].recurrent_states[0], kept)
-    assert torch.equal(model(ids[:, 10:], past_key_values=snapshot).logits, first)
+    assert torch.equal(model(ids[:, 10:], **{CACHE: snapshot}).logits, first)
 
 
 @torch.no_grad()
 def test_a_cache_repeated_over_rows_is_not_silently_wrong(student: MakeModel, tokens: Tokens) -> None:
     """transformers' `batch_repeat_interleave` repeats keys and values and leaves recurrent states as they were."""
     model, ids = student("tica_everywhere"), tokens(2, 10)
-    cache = model(ids).past_key_values
+    cache = model(ids)[CACHE]
     cache.batch_repeat_interleave(2)
     with pytest.raises(ValueError, match=r"state_BHKV has shape \(2, 4, 8, 8\); expected \(4, 4, 8, 8\)"):
-        model(tokens(4, 1), past_key_values=cache)
+        model(tokens(4, 1), **{CACHE: cache})
 
 
 @torch.no_grad()
 def test_a_reset_cache_is_an_empty_one(student: MakeModel, tokens: Tokens, typical_layout: str) -> None:
     model, ids = student(typical_layout), tokens(1, 10)
     cache = StaticCache(config=model.config, max_cache_len=12)
-    fresh = model(ids, past_key_values=cache).logits
+    fresh = model(ids, **{CACHE: cache}).logits
     cache.reset()
-    assert torch.equal(model(ids, past_key_values=cache).logits, fresh)
+    assert torch.equal(model(ids, **{CACHE: cache}).logits, fresh)
 
 
 # Sharing

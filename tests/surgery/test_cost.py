@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, Gemma4ForCausalLM
 
 from tiny_gemma4 import LAYERS, VOCABULARY
+from trihybrid.models.cache import CACHE
 from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
 from trihybrid.models.gemma4.retained import RetainedAttention
 from trihybrid.models.gemma4.slot import ConvertedSlot
@@ -95,7 +96,7 @@ def test_bytes_are_those_of_the_live_cache(make_base, make_section, name, shape)
     cache = DynamicCache(config=model.config)
     tokens = 21
     with torch.no_grad():
-        model(torch.randint(3, 97, (1, tokens)), past_key_values=cache, use_cache=True)
+        model(torch.randint(3, 97, (1, tokens)), **{CACHE: cache}, use_cache=True)
     live = live_bytes(cache)
     assert live["growing"] == costs["global_kv_bytes_per_token"] * tokens
     assert live["sliding"] == costs["sliding_cache_bytes"]
@@ -125,9 +126,9 @@ def test_flops_are_those_counted_for_one_decoded_token(make_base, make_section, 
         tokens = torch.randint(3, 97, (1, context))
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             if context > 1:
-                model(tokens[:, :-1], past_key_values=cache, use_cache=True)
+                model(tokens[:, :-1], **{CACHE: cache}, use_cache=True)
             with FlopCounterMode(display=False) as counter:
-                model(tokens[:, -1:], past_key_values=cache, use_cache=True)
+                model(tokens[:, -1:], **{CACHE: cache}, use_cache=True)
         counts = {
             name.rpartition(".")[2]: sum(flops.values()) for name, flops in counter.get_flop_counts().items()
         }

@@ -10,6 +10,7 @@ import torch
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from tiny_gemma4 import VOCABULARY, build_teacher
+from trihybrid.models.cache import CACHE
 from trihybrid.models.checkpoint import load_model
 from trihybrid.models.gemma4.config import key_value_owner
 from trihybrid.models.shapes import load_shape
@@ -88,7 +89,7 @@ def test_a_student_is_saved_loaded_and_generates(pair, tmp_path) -> None:
     )
     assert torch.equal(found, again)
     cached = loaded(tokens_BT[:, :13], use_cache=True)
-    rest = loaded(tokens_BT[:, 13:], past_key_values=cached.past_key_values, use_cache=True)
+    rest = loaded(tokens_BT[:, 13:], **{CACHE: cached[CACHE]}, use_cache=True)
     assert relative_error(rest.logits, whole[:, 13:]) < 1e-5
 
 

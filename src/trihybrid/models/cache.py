@@ -10,9 +10,24 @@ from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from trihybrid.mixers.contract import Mixer
 from trihybrid.mixers.state import RecurrentState, State
+
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""transformers' name of a cache, in arguments and in outputs: `cache` from 5.24 on, `past_key_values` before."""
+
+
+def given_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache of a caller who may use either name.
+
+    Raises:
+        ValueError: two different ones.
+    """
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("cache and past_key_values are two names of one argument; give one of them")
+    return past_key_values if cache is None else cache
 
 
 @dataclass(frozen=True)

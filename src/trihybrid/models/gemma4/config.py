@@ -63,7 +63,7 @@ class TrihybridGemma4Config(PreTrainedConfig):
     """
 
     model_type = "trihybrid_gemma4"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     base_config: dict | None = None
     slots: list | None = None

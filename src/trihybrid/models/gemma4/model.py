@@ -35,7 +35,7 @@ from transformers.utils.output_capturing import capture_outputs
 from trihybrid.mixers.contract import Mixer, Shared
 from trihybrid.mixers.span import Span
 from trihybrid.models.arguments import build_span
-from trihybrid.models.cache import seen_tokens
+from trihybrid.models.cache import CACHE, given_cache, seen_tokens
 from trihybrid.models.gemma4.config import TrihybridGemma4Config
 from trihybrid.models.gemma4.slot import ConvertedDecoderLayer
 from trihybrid.ops.divergence import softcap
@@ -82,7 +82,7 @@ class TrihybridGemma4PreTrainedModel(Gemma4PreTrainedModel):
 
     config: TrihybridGemma4Config
     _no_split_modules = ["Gemma4TextDecoderLayer", "ConvertedDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "shared_kv_states", "shared"]
+    _skip_keys_device_placement = [CACHE, "shared_kv_states", "shared"]
     _can_compile_fullgraph = False
     # A recurrence cannot take tokens back, which assisted decoding needs; transformers refuses it by this flag.
     _is_stateful = True
@@ -150,7 +150,7 @@ class TrihybridGemma4Model(TrihybridGemma4PreTrainedModel, Gemma4TextModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         per_layer_inputs: Tensor | None = None,
         layer_types: Iterable[str] | None = None,
@@ -169,7 +169,7 @@ class TrihybridGemma4Model(TrihybridGemma4PreTrainedModel, Gemma4TextModel):
                 per_layer_inputs = self.get_per_layer_inputs(input_ids, hidden_BTD)
             per_layer_inputs = self.project_per_layer_inputs(hidden_BTD, per_layer_inputs)
         batch, length = hidden_BTD.shape[:2]
-        start = seen_tokens(past_key_values)
+        start = seen_tokens(cache)
         span = build_span(batch, length, start, attention_mask, position_ids, hidden_BTD.device)
         if position_ids is None:
             position_ids = torch.arange(start, start + length, device=hidden_BTD.device)[None]
@@ -181,11 +181,11 @@ class TrihybridGemma4Model(TrihybridGemma4PreTrainedModel, Gemma4TextModel):
             }
         stream = Stream(
             span,
-            self._masks(sorted(layer_types), hidden_BTD, attention_mask, position_ids, past_key_values, span),
+            self._masks(sorted(layer_types), hidden_BTD, attention_mask, position_ids, cache, span),
             {kind: self.rotary_emb(hidden_BTD, position_ids, kind) for kind in sorted(layer_types)},
             per_layer_inputs,
             position_ids,
-            past_key_values,
+            cache,
             Shared(),
             UserDict(),
         )
@@ -209,10 +209,10 @@ class TrihybridGemma4Model(TrihybridGemma4PreTrainedModel, Gemma4TextModel):
                 config=self.base,
                 inputs_embeds=hidden_BTD,
                 attention_mask=attention_mask,
-                # transformers looks for packed documents only where no cache is given; a packed span starts empty.
-                past_key_values=None if span.borders else cache,
                 position_ids=position_ids,
                 layer_idx=None if cache is None or span.borders else self.config.layer_types.index(kind),
+                # transformers looks for packed documents only where no cache is given; a packed span starts empty.
+                **{CACHE: None if span.borders else cache},
             )
         return masks
 
@@ -241,7 +241,7 @@ class TrihybridGemma4Model(TrihybridGemma4PreTrainedModel, Gemma4TextModel):
             position_embeddings=stream.rotary.get(kind),
             attention_mask=stream.masks.get(kind),
             position_ids=stream.position_ids,
-            past_key_values=stream.cache,
+            **{CACHE: stream.cache},
             **ours,
         )
 
@@ -252,23 +252,23 @@ class TrihybridGemma4Model(TrihybridGemma4PreTrainedModel, Gemma4TextModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         per_layer_inputs: Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,  # transformers' recording of hidden states passes its flags here
     ) -> BaseModelOutputWithPast:
-        """Hidden states after the last norm, [B, T, D], and the cache."""
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        """Hidden states after the last norm, [B, T, D], and the cache, which may be given by either of its names."""
+        cache = given_cache(cache, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         hidden_BTD, stream = self.prepare(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, per_layer_inputs
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, per_layer_inputs
         )
         for index in range(self.config.num_hidden_layers):
             hidden_BTD = self.layer(index, hidden_BTD, stream)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_BTD), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_BTD), **{CACHE: cache})
 
 
 class TrihybridGemma4ForCausalLM(TrihybridGemma4PreTrainedModel, GenerationMixin):
@@ -290,12 +290,13 @@ class TrihybridGemma4ForCausalLM(TrihybridGemma4PreTrainedModel, GenerationMixin
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         per_layer_inputs: Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,  # transformers passes loss and recording arguments through
     ) -> CausalLMOutputWithPast:
         """Softcapped logits [B, T or logits_to_keep, V], the loss on them if `labels` are given, and the cache."""
@@ -303,7 +304,7 @@ class TrihybridGemma4ForCausalLM(TrihybridGemma4PreTrainedModel, GenerationMixin
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=given_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             per_layer_inputs=per_layer_inputs,
             use_cache=use_cache,
@@ -317,9 +318,9 @@ class TrihybridGemma4ForCausalLM(TrihybridGemma4PreTrainedModel, GenerationMixin
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits_BTV,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     @staticmethod

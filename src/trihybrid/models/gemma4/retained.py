@@ -19,6 +19,7 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4TextAttention, Gemm
 from trihybrid.mixers.contract import Cost, Mixer, Shared, Write
 from trihybrid.mixers.span import Span
 from trihybrid.mixers.state import KeyValueState, State
+from trihybrid.models.cache import CACHE
 from trihybrid.models.gemma4.config import key_value_owner, teacher_kinds
 
 IMPLEMENTATIONS = ("sdpa", "eager")
@@ -80,7 +81,7 @@ class RetainedAttention(Mixer):
             position_embeddings=self._rotary(x_BTD, span.positions_BT),
             attention_mask=self._mask(span, keys, x_BTD),
             shared_kv_states=teacher_shared,
-            past_key_values=store,
+            **{CACHE: store},
         )
         if store is None:
             return y_BTD, None
@@ -148,7 +149,9 @@ class _Store:
         self.state = state
         self.seen = (state.keys_BGSD, state.values_BGSD)
 
-    def update(self, k_BGTN: Tensor, v_BGTN: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def update(
+        self, k_BGTN: Tensor, v_BGTN: Tensor, layer: int, kwargs: dict | None = None
+    ) -> tuple[Tensor, Tensor]:
         keys, values, self.state = self.state.append(k_BGTN, v_BGTN)
         self.seen = (keys, values)
         return self.seen

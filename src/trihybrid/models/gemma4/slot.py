@@ -15,7 +15,7 @@ from trihybrid.mixers.contract import Mixer, Shared
 from trihybrid.mixers.rwkv7 import Rwkv7
 from trihybrid.mixers.span import Span
 from trihybrid.mixers.tica import Tica
-from trihybrid.models.cache import read_state, write_state
+from trihybrid.models.cache import given_cache, read_state, write_state
 from trihybrid.models.gemma4.config import SlotSizes, TrihybridGemma4Config
 
 
@@ -51,10 +51,11 @@ class ConvertedSlot(nn.Module):
         hidden_states: Tensor,
         span: Span,
         shared: Shared,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,  # transformers' decoder layer also hands over masks and rotary tables, which no mixer here reads
     ) -> tuple[Tensor, None]:
-        return self.mix(hidden_states, span, shared, past_key_values), None
+        return self.mix(hidden_states, span, shared, given_cache(cache, past_key_values)), None
 
 
 class ConvertedDecoderLayer(Gemma4TextDecoderLayer):
