@@ -20,8 +20,7 @@ def _anywhere(device: torch.device) -> str | None:
 
 register(Backend("wkv7", "reference", wkv7_reference, _anywhere, priority=0))
 register(Backend("wkv7", "chunked", wkv7_chunked, _anywhere, priority=10))
-# Below the others until it has run on a GPU: asked for by name only.
-register(Backend("wkv7", "triton", wkv7_triton, triton.available, priority=-1, takes=triton.takes))
+register(Backend("wkv7", "triton", wkv7_triton, triton.available, priority=20, takes=triton.takes))
 
 
 def wkv7(
