@@ -22,7 +22,7 @@ from trihybrid.models.compact import CompactModel
 from trihybrid.pretrain.compact import CompactTask
 from trihybrid.recipe.artifact import load_artifact, rescore_run
 from trihybrid.recipe.compact import CompactRecipe, config_hash
-from trihybrid.recipe.execute_compact import execute_compact, missed_targets
+from trihybrid.recipe.execute_compact import execute_compact, missed_targets, train_compact
 from trihybrid.recipe.fields import dump_recipe
 from trihybrid.recipe.load import load_compact
 from trihybrid.run import Lineage, hash_file, read_log
@@ -168,6 +168,15 @@ def test_a_finished_run_is_measured_again_and_not_trained(
     monkeypatch.setattr(execution, "quantise_to_limit", None)
     results = execute_compact(recipe, run, resume=True, code_bytes=CODE_BYTES)
     assert results == results_of(whole)
+
+
+def test_training_may_stand_alone(recipe: CompactRecipe, whole: Path, tmp_path: Path) -> None:
+    """What packs and scores it later ends with the bytes of a run in one go."""
+    summary = train_compact(recipe, tmp_path / "run")
+    assert summary.steps == 4 and not (tmp_path / "run" / "model.artifact").exists()
+    assert execute_compact(recipe, tmp_path / "run", resume=True, code_bytes=CODE_BYTES) is not None
+    assert hash_file(tmp_path / "run" / "model.artifact") == hash_file(whole / "model.artifact")
+    assert results_of(tmp_path / "run")["train_seconds"] == summary.seconds
 
 
 def test_a_seed_is_a_model(recipe: CompactRecipe, whole: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ from trihybrid.run.code import code_hash
 from trihybrid.train import Checkpoints, FitSummary, fit
 from trihybrid.train.distributed import Workers, process_group
 
-__all__ = ["execute_compact", "missed_targets"]
+__all__ = ["execute_compact", "missed_targets", "train_compact"]
 
 STAGE = "train"
 TRAINED, QUANTISED = "trained", "quantised"
@@ -97,17 +97,37 @@ def execute_compact(
             made to fit; bad input of any kind.
         FloatingPointError: training diverged.
     """
+    with _workers() as workers:
+        began = time.perf_counter()
+        run, summary = _trained(recipe, Path(folder), resume, code_bytes, workers)
+        return _finish(run, summary, began, workers) if workers.first else None
+
+
+def train_compact(recipe: CompactRecipe, folder: str | Path, resume: bool = False) -> FitSummary:
+    """The training of `execute_compact` alone, which goes on from there when it is asked to resume: packing and scoring
+    may then run beside other work, and at another time.
+
+    Raises:
+        ValueError, FloatingPointError: as `execute_compact`.
+    """
+    with _workers() as workers:
+        return _trained(recipe, Path(folder), resume, 0, workers)[1]
+
+
+@contextmanager
+def _workers() -> Iterator[Workers]:
+    """This process alone, or all that torchrun launched."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not is_torchelastic_launched():
-        return _execute(recipe, Path(folder), resume, code_bytes, Workers(device=torch.device(device)))
+        yield Workers(device=torch.device(device))
+        return
     with process_group(device) as workers:
-        return _execute(recipe, Path(folder), resume, code_bytes, workers)
+        yield workers
 
 
-def _execute(
+def _trained(
     recipe: CompactRecipe, folder: Path, resume: bool, code_bytes: int, workers: Workers
-) -> Results | None:
-    began = time.perf_counter()
+) -> tuple[Run, FitSummary]:
     if workers.first:
         begun = folder.exists() and any(RunDirectory(folder, create=False).path.iterdir())
         if begun and not resume:
@@ -122,13 +142,15 @@ def _execute(
     if workers.first:
         write_text(directory.recipe, dump_recipe(recipe))
     run = Run(recipe, directory, Lineage(directory.lineage), corpus, model, code_bytes)
-    summary = _train(run, resume, workers)
-    if not workers.first:
-        return None
+    return run, _train(run, resume, workers)
+
+
+def _finish(run: Run, summary: FitSummary, began: float, workers: Workers) -> Results:
+    recipe, directory = run.recipe, run.directory
     parent = _save(run, summary)
     _quantise(run, parent)
     artifact = load_artifact(run.artifact, workers.device, recipe.train.precision)
-    results = measure(recipe, corpus, model, artifact, summary, code_bytes)
+    results = measure(recipe, run.corpus, run.model, artifact, summary, run.code_bytes)
     write_json(directory.results, results)
     _write_samples(run, artifact)
     # What an earlier call made took its time too.
