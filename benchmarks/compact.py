@@ -31,8 +31,9 @@ from trihybrid.export.bundle import bundle_size
 from trihybrid.models.compact import CompactModel
 from trihybrid.pretrain.compact import CompactTask
 from trihybrid.recipe.compact import CompactRecipe, read_compact
-from trihybrid.recipe.execute_compact import execute_compact, train_compact
+from trihybrid.recipe.execute_compact import execute_compact
 from trihybrid.recipe.fields import dump_recipe
+from trihybrid.recipe.train_compact import train_compact
 from trihybrid.train import build_optimizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -22,9 +22,10 @@ from trihybrid.models.compact import CompactModel
 from trihybrid.pretrain.compact import CompactTask
 from trihybrid.recipe.artifact import load_artifact, rescore_run
 from trihybrid.recipe.compact import CompactRecipe, config_hash
-from trihybrid.recipe.execute_compact import execute_compact, missed_targets, train_compact
+from trihybrid.recipe.execute_compact import execute_compact, missed_targets
 from trihybrid.recipe.fields import dump_recipe
 from trihybrid.recipe.load import load_compact
+from trihybrid.recipe.train_compact import draw_model, train_compact
 from trihybrid.run import Lineage, hash_file, read_log
 from trihybrid.run.code import code_hash
 
@@ -298,11 +299,11 @@ def test_the_model_is_drawn_alike_whatever_was_drawn_before(recipe: CompactRecip
     from trihybrid.data import Tokenizer
 
     torch.manual_seed(1)
-    first = execution._model(recipe, Tokenizer.bytes(), torch.device("cpu"))
+    first = draw_model(recipe, Tokenizer.bytes(), torch.device("cpu"))
     after = torch.rand(1)
     torch.manual_seed(1)
     assert torch.equal(torch.rand(1), after)
-    second = execution._model(recipe, Tokenizer.bytes(), torch.device("cpu"))
+    second = draw_model(recipe, Tokenizer.bytes(), torch.device("cpu"))
     assert isinstance(first, CompactModel)
     for name, parameter in first.named_parameters():
         assert torch.equal(parameter, second.get_parameter(name)), name
