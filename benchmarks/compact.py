@@ -183,7 +183,8 @@ def score(trained: list[Trained], yardstick: float, peak: float, out: Path) -> l
                 failed.append(rows[future])
                 traceback.print_exc()
                 continue
-            (out / f"{rows[future]}.json").write_text(json.dumps(measured, indent=1) + "\n")
+            name = rows[future].replace("@", "-seed")
+            (out / f"{name}.json").write_text(json.dumps(measured, indent=1) + "\n")
             print(line(measured), flush=True)
     return failed
 
