@@ -182,7 +182,7 @@ def _calibration(run: Run) -> Iterator[tuple[Tensor, Span]]:
     section = run.recipe.train
     loop = section.loop
     device = next(run.model.parameters()).device
-    packed = PackedBatches(run.corpus.train, loop.sequence_length, 1, loop.seed)
+    packed = PackedBatches(run.corpus.train, loop.sequence_length, 1, section.order_seed)
     for row in range(packed.windows):
         batch = packed.batch(row).to(device)
         yield batch.inputs, training_span(batch.positions, section.leak)

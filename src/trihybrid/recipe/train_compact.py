@@ -117,7 +117,7 @@ def _prepare(recipe: CompactRecipe, folder: Path, workers: Workers) -> Corpus:
         corpus = prepare(processes=_processes(recipe))
         loop = recipe.train.loop
         try:
-            PackedBatches(corpus.train, loop.sequence_length, loop.batch_size, loop.seed)
+            PackedBatches(corpus.train, loop.sequence_length, loop.batch_size, recipe.train.order_seed)
         except ValueError:
             if not existed:
                 shutil.rmtree(folder)
@@ -172,7 +172,7 @@ def _train(run: Run, resume: bool, workers: Workers) -> FitSummary:
     loop = section.loop
     stage_hash = hash_json(decides_training(recipe) | {"data": corpus.train.manifest.source_hash})
     checkpoints = Checkpoints(run.directory.checkpoints(STAGE), stage_hash, "")
-    packed = PackedBatches(corpus.train, loop.sequence_length, loop.batch_size, loop.seed)
+    packed = PackedBatches(corpus.train, loop.sequence_length, loop.batch_size, section.order_seed)
 
     def batch(step: int) -> Batch:
         return packed.batch(step, workers.rank, workers.count)
