@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from trihybrid.mixers import rwkv7 as module
 from trihybrid.mixers.contract import Shared, copy_into
 from trihybrid.mixers.rwkv7 import DECAY_FLOOR, Rwkv7, Rwkv7Options, write_gate
+from trihybrid.mixers.rwkv7 import mixer as module
 from trihybrid.mixers.span import contiguous, from_lengths, packed, padded
 from trihybrid.mixers.state import KeyValueState, RecurrentState
 from trihybrid.testing import randomise, relative_error
