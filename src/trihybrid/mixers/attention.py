@@ -23,7 +23,8 @@ from trihybrid.mixers.contract import Cost, Mixer, Projection, Shared, Write
 from trihybrid.mixers.rotary import rotary
 from trihybrid.mixers.span import Span
 from trihybrid.mixers.state import KeyValueState, State
-from trihybrid.ops.attention import attention, block_attention
+from trihybrid.ops.attention import attention
+from trihybrid.ops.block_attention import block_attention
 from trihybrid.ops.exclude_value import exclude_own_value
 from trihybrid.ops.rotary import normed_rotation
 

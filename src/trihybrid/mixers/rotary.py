@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trihybrid.mixers.contract import Shared
 from trihybrid.mixers.span import Span
-from trihybrid.ops.rotary import frequencies, rotary_table
+from trihybrid.ops.rotary.definition import frequencies, rotary_table
 
 
 def rotary(

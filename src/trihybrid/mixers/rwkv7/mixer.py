@@ -34,7 +34,7 @@ from trihybrid.mixers.rwkv7.start import (
 )
 from trihybrid.mixers.span import Span
 from trihybrid.mixers.state import RecurrentState, State
-from trihybrid.ops.rotary import rotate
+from trihybrid.ops.rotary.definition import rotate
 from trihybrid.ops.wkv7 import wkv7
 
 DECAY_FLOOR = -math.exp(-0.5)
