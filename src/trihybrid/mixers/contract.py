@@ -118,13 +118,14 @@ class Projection(nn.Linear):
     Args:
         inputs, outputs: channels.
         scaled: multiply the outputs by a learned `scale` [outputs], by way of the weight's rows: diag(scale) W x.
+        bias: add a learned `bias` [outputs] at the end.
 
     Attributes:
         quantiser: what the weight passes through before it is used, for training that sees its rounded self.
     """
 
-    def __init__(self, inputs: int, outputs: int, scaled: bool = False) -> None:
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, inputs: int, outputs: int, scaled: bool = False, bias: bool = False) -> None:
+        super().__init__(inputs, outputs, bias=bias)
         self.scale = nn.Parameter(torch.ones(outputs)) if scaled else None
         self.quantiser: nn.Module | None = None
 
@@ -134,7 +135,8 @@ class Projection(nn.Linear):
         return (weight if self.scale is None else weight * self.scale[:, None]).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.matrix(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.matrix(x.dtype), bias)
 
 
 def squared(x: Tensor, up: Projection, down: Projection, slope: float) -> Tensor:

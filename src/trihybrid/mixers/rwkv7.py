@@ -35,7 +35,8 @@ class Rwkv7Options:
     """Sizes of the mixer. Widths are in channels, ranks in rows of the LoRA matrices.
 
     `gate` chooses the gate at the start of training: `unit` is exactly one, so that an inherited output projection is
-    untouched; `published` is the small random gate of the hxa07 training code.
+    untouched; `published` is the small random gate of the hxa07 training code. `input_bias` adds a bias to W_r, W_k and
+    W_v, `output_bias` to W_o, for teachers that have them (as the training code of the family does).
     """
 
     hidden_size: int
@@ -47,6 +48,8 @@ class Rwkv7Options:
     gate_rank: int
     norm_epsilon: float = 1e-6
     gate: Literal["unit", "published"] = "unit"
+    input_bias: bool = False
+    output_bias: bool = False
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "heads", "kv_heads", "head_dim", "decay_rank", "iclr_rank", "gate_rank"):
@@ -83,13 +86,14 @@ class Rwkv7(Mixer):
         super().__init__()
         self.options, self.publishes, self.donor, self.backend = options, index, donor, backend
         hidden, channels = options.hidden_size, options.heads * options.head_dim
-        self.receptance = Projection(hidden, channels)
+        biased = options.input_bias
+        self.receptance = Projection(hidden, channels, bias=biased)
         self.r_norm = HeadNorm(options.head_dim, options.norm_epsilon)
         if donor is None:
-            self.key = Projection(hidden, options.kv_heads * options.head_dim)
-            self.value = Projection(hidden, options.kv_heads * options.head_dim)
+            self.key = Projection(hidden, options.kv_heads * options.head_dim, bias=biased)
+            self.value = Projection(hidden, options.kv_heads * options.head_dim, bias=biased)
             self.k_norm = HeadNorm(options.head_dim, options.norm_epsilon)
-        self.output = Projection(channels, hidden)
+        self.output = Projection(channels, hidden, bias=options.output_bias)
         self.w0, self.a0 = nn.Parameter(torch.empty(channels)), nn.Parameter(torch.empty(channels))
         for letter, rank in (("w", options.decay_rank), ("a", options.iclr_rank), ("g", options.gate_rank)):
             self.register_parameter(f"{letter}1", nn.Parameter(torch.empty(hidden, rank)))
@@ -180,12 +184,15 @@ class Rwkv7(Mixer):
         )
         for projection in projections:
             write(projection.weight, nn.init.normal_(torch.empty(projection.weight.shape), std=0.02))
+            if projection.bias is not None:
+                write(projection.bias, torch.zeros(projection.bias.shape))
         for norm in [self.r_norm] + ([] if self.donor is not None else [self.k_norm]):
             write(norm.weight, torch.ones(options.head_dim))
 
     def roles(self) -> dict[str, str]:
         roles = {name: "matrix" for name, _ in self.named_parameters() if name.endswith("weight")}
         roles |= {name: "vector" for name in roles if "norm" in name}
+        roles |= {name: "vector" for name, _ in self.named_parameters() if name.endswith("bias")}
         roles |= {f"{letter}{place}": "lowrank" for letter in "wag" for place in "12"}
         return roles | {"w0": "decay", "a0": "vector"}
 
