@@ -137,10 +137,10 @@ SUBJECTS = [
     ),
     Subject(
         "rwkv7 with biases, without norms",
-        revision("hxa07d", "chunked", 2, projection_bias=True, output_bias=True, qk_norm=False),
+        revision("hxa07d", "chunked", 2, input_bias=True, output_bias=True, qk_norm=False),
         WIDTH,
         donor=revision("hxa07d", "chunked", 1, qk_norm=False),
-        reference=revision("hxa07d", "reference", 2, projection_bias=True, output_bias=True, qk_norm=False),
+        reference=revision("hxa07d", "reference", 2, input_bias=True, output_bias=True, qk_norm=False),
         document_state=True,
     ),
     Subject("tica", tica(), WIDTH),

@@ -33,7 +33,7 @@ def published(mixer, revision):
     return tensors
 
 
-@pytest.mark.parametrize("extra", [{}, {"projection_bias": True, "output_bias": True, "qk_norm": False}])
+@pytest.mark.parametrize("extra", [{}, {"input_bias": True, "output_bias": True, "qk_norm": False}])
 @pytest.mark.parametrize("name", REVISIONS)
 def test_equations_by_hand(name, extra):
     chosen = options(name, **extra)
@@ -99,7 +99,7 @@ def test_a_slot_has_the_parameters_of_its_revision(name):
 
 @pytest.mark.parametrize("name", REVISIONS)
 def test_initialise_writes_every_parameter_once(name):
-    mixer = Rwkv7(options(name, projection_bias=True, output_bias=True), 4, first=1)
+    mixer = Rwkv7(options(name, input_bias=True, output_bias=True), 4, first=1)
     written = []
     mixer.initialise(
         4, 7, lambda parameter, value: (written.append(id(parameter)), copy_into(parameter, value))

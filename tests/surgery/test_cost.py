@@ -13,9 +13,9 @@ from transformers import DynamicCache, Gemma4ForCausalLM
 
 from tiny_gemma4 import LAYERS, VOCABULARY
 from trihybrid.models.cache import CACHE
+from trihybrid.models.decoder.slot import ConvertedSlot
 from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
 from trihybrid.models.gemma4.retained import RetainedAttention
-from trihybrid.models.gemma4.slot import ConvertedSlot
 from trihybrid.surgery.cost import account
 from trihybrid.surgery.layout import student_config
 

@@ -10,9 +10,9 @@ import torch
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from tiny_gemma4 import VOCABULARY, build_teacher
+from trihybrid.models.anatomy import anatomy
 from trihybrid.models.cache import CACHE
 from trihybrid.models.checkpoint import load_model
-from trihybrid.models.gemma4.config import key_value_owner
 from trihybrid.models.shapes import load_shape
 from trihybrid.surgery.operate import operate, save_student
 from trihybrid.surgery.plan import make_plan
@@ -126,7 +126,7 @@ def test_the_scaled_down_teachers_have_the_structure_of_the_large_ones() -> None
         base = Gemma4TextConfig(**scaled_down(name), hidden_size=32)
         shape = load_shape(name)
         assert base.attention_k_eq_v == shape.attention_k_eq_v
-        owners = [key_value_owner(base, index) for index in range(base.num_hidden_layers)]
+        owners = anatomy(base).owners
         assert (owners == list(range(base.num_hidden_layers))) == (not shape.num_kv_shared_layers)
         ratio = [
             c.num_attention_heads // c.per_layer_config["full_attention"].num_key_value_heads

@@ -1,7 +1,8 @@
 import pytest
 from pydantic import ValidationError
 
-from trihybrid.surgery.layout import donor_layer, layout, rwkv7_sizes, score_width, student_config
+from trihybrid.models.anatomy import anatomy
+from trihybrid.surgery.layout import layout, rwkv7_sizes, student_config
 from trihybrid.surgery.section import Rwkv7Section, SurgerySection
 
 BOTH = ("rwkv7", "tica")
@@ -25,7 +26,7 @@ def test_the_default_pattern_converts_every_global_layer(make_base, make_section
 def test_donors_follow_the_sharing_of_the_teacher(make_base, make_section, fields, donors) -> None:
     slots = layout(make_base(), make_section(**fields))
     assert [slot.donors for slot in slots] == [{}] * 8 + [donors]
-    assert [donor_layer(make_base(), index) for index in range(9)] == [None] * 6 + [4, 4, 5]
+    assert anatomy(make_base()).owners == [*range(6), 4, 4, 5]
 
 
 def test_donors_are_given_only_to_the_mixers_of_a_slot(make_base, make_section) -> None:
@@ -44,7 +45,7 @@ def test_donors_are_given_only_to_the_mixers_of_a_slot(make_base, make_section) 
         ({"pattern": "SSX * 3"}, r'letter "X" is not in the legend \[\'F\', \'R\', \'S\'\]'),
         (
             {"pattern": "SSR SRR SSR"},
-            r"slot 4 is a sliding layer .* rwkv7\+tica; global layers are \[2, 5, 8\]",
+            r"slot 4 is a sliding layer .* heads of another size.* rwkv7\+tica; global layers are \[2, 5, 8\]",
         ),
         (
             {"pattern": "SSF SSR SSF"},
@@ -83,17 +84,18 @@ def test_blocks_of_the_heads(make_base) -> None:
     assert rwkv7_sizes(make_base(), SurgerySection(rwkv7=Rwkv7Section(head_dim=8)))["heads"] == 16
     sizes = rwkv7_sizes(make_base(num_key_value_heads=2), SurgerySection(rwkv7=Rwkv7Section(head_dim=16)))
     assert (sizes["heads"], sizes["kv_heads"]) == (8, 4)
-    assert score_width(make_base()) == 4 * 32
+    assert anatomy(make_base()).template.width == 4 * 32
     with pytest.raises(ValueError, match=r"rwkv7.head_dim is 24; it must divide .*global head width, 32"):
         rwkv7_sizes(make_base(), SurgerySection(rwkv7=Rwkv7Section(head_dim=24)))
 
 
 def test_rotary_pairs_are_not_cut_apart(make_base) -> None:
-    """A quarter of 32 channels is 4 rotary pairs, 8 channels: blocks of 4 cut them, in either order."""
-    with pytest.raises(ValueError, match=r"rwkv7.head_dim is 4; .*4 rotary pairs"):
-        rwkv7_sizes(make_base(), SurgerySection(rwkv7=Rwkv7Section(head_dim=4)))
-    plain = SurgerySection(rwkv7=Rwkv7Section(head_dim=4), heads="plain")
-    assert rwkv7_sizes(make_base(), plain)["heads"] == 32
+    """A quarter of 32 channels is 4 rotary pairs, 8 channels, which fill two blocks of 4; blocks of 1 cut them."""
+    assert rwkv7_sizes(make_base(), SurgerySection(rwkv7=Rwkv7Section(head_dim=4)))["heads"] == 32
+    with pytest.raises(ValueError, match=r"rwkv7.head_dim is 1, an odd number; .*4 rotary pairs"):
+        rwkv7_sizes(make_base(), SurgerySection(rwkv7=Rwkv7Section(head_dim=1)))
+    plain = SurgerySection(rwkv7=Rwkv7Section(head_dim=1), heads="plain")
+    assert rwkv7_sizes(make_base(), plain)["heads"] == 128
 
 
 def test_sizes_reach_the_configuration_and_absent_mixers_have_none(make_base, make_section) -> None:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from trihybrid.models.gemma4.config import key_value_owner, teacher_kinds
+from trihybrid.models.anatomy import anatomy
 from trihybrid.models.shapes import load_shape, shape_names
 from trihybrid.surgery.cost import account
-from trihybrid.surgery.layout import blueprint, score_width, student_config
+from trihybrid.surgery.layout import blueprint, student_config, student_heads
 from trihybrid.surgery.plan import config_hash, make_plan
 from trihybrid.surgery.section import Rwkv7Section, SurgerySection
 
@@ -45,9 +45,7 @@ def accounts() -> dict[str, dict]:
 def unused_keys_and_values(name: str) -> int:
     """Numbers of k_proj, v_proj and k_norm that the published files hold for layers which never read them."""
     base = load_shape(name)
-    layers = [
-        base.per_layer_config[i] for i in range(base.num_hidden_layers) if key_value_owner(base, i) != i
-    ]
+    layers = [base.per_layer_config[i] for i in range(base.num_hidden_layers) if anatomy(base).owners[i] != i]
     return sum(layer.head_dim * (2 * layer.num_key_value_heads * base.hidden_size + 1) for layer in layers)
 
 
@@ -88,7 +86,7 @@ def test_parts_of_e2b(accounts) -> None:
     base, layers = load_shape("gemma-4-e2b"), accounts["gemma-4-e2b"]["layers"]
     attention: dict[tuple[str, bool], int] = {}
     rest: dict[tuple[str, bool], set[int]] = {}
-    for row, kind in zip(layers, teacher_kinds(base), strict=True):
+    for row, kind in zip(layers, anatomy(base).kinds, strict=True):
         group = kind, row["keys_values"] == "own"
         attention[group] = attention.get(group, 0) + row["mixer_parameters"]
         rest.setdefault(group, set()).add(row["parameters"] - row["mixer_parameters"])
@@ -155,7 +153,7 @@ def test_heads_of_the_student_of_31b() -> None:
     """32 query heads and 4 key heads of 512 are 128 and 16 of 128."""
     options = blueprint(load_shape("gemma-4-31b"), SurgerySection()).rwkv7_options()
     assert (options.heads, options.kv_heads, options.head_dim, options.hidden_size) == (128, 16, 128, 5376)
-    assert score_width(load_shape("gemma-4-31b")) == 16_384
+    assert anatomy(load_shape("gemma-4-31b")).template.width == 16_384
 
 
 def test_a_blueprint_is_its_students_configuration() -> None:
@@ -169,26 +167,29 @@ def test_a_blueprint_is_its_students_configuration() -> None:
         assert account(base, plan, [64]) == account(base, student, [64])
 
 
-def test_gemma_3_is_planned_and_no_more() -> None:
+def test_the_plan_of_a_gemma_3() -> None:
     base = load_shape("gemma-3-27b")
     plan = make_plan(base, SurgerySection(), "gemma-3-27b", contexts=(4096,))
-    assert "a plan only: there is no converted Gemma 3 yet" in plan["warnings"][0]
+    assert not [line for line in plan["warnings"] if "a plan only" in line]
     # Ten global layers, 62 in all, the last one sliding; 16 key heads of 128.
     assert [layer["index"] for layer in plan["layers"] if layer["sources"]] == list(range(5, 62, 6))
     assert plan["before"]["global_kv_bytes_per_token"] == 10 * 2 * 16 * 128 * 2
     assert plan["after"]["global_kv_bytes_per_token"] == 10 * 1024
     sources = plan["layers"][5]["sources"]
-    assert "1 + its q_norm and the scale of scores" in sources["rwkv7.receptance"]
+    assert "rows one to one, 1 + its q_norm and the scale of scores folded in" in sources["rwkv7.receptance"]
     assert "1 + k_norm" in sources["rwkv7.key, value"] and "rms 1" not in sources["rwkv7.key, value"]
-    with pytest.raises(ValueError, match="gemma3_text"):
-        student_config(base, SurgerySection())
+    student = student_config(base, SurgerySection())
+    assert student.model_type == "trihybrid_gemma3"
+    assert student.layer_types[:6] == ["sliding_attention"] * 5 + ["hybrid"]
 
 
-def test_rotary_pairs_of_all_channels_want_wide_or_plain_heads() -> None:
-    """Gemma 3 turns all 256 channels of a head, so that blocks of 128 would cut every pair apart."""
+def test_heads_of_which_all_channels_turn_keep_their_pairs_whole() -> None:
+    """Gemma 3 turns all 256 channels of a head: each block of 128 takes 64 pairs."""
     base = load_shape("gemma-3-4b")
-    with pytest.raises(ValueError, match=r'128 rotary pairs a head need 256 channels .* or heads: "plain"'):
-        blueprint(base, SurgerySection())
+    heads = student_heads(base, SurgerySection())
+    order = heads.channel_order()
+    assert heads.blocks == 2
+    assert order.tolist() == [*range(64), *range(128, 192), *range(64, 128), *range(192, 256)]
     wide = blueprint(base, SurgerySection(rwkv7=Rwkv7Section(head_dim=256))).rwkv7_options()
     plain = blueprint(base, SurgerySection(heads="plain")).rwkv7_options()
     assert (wide.heads, wide.kv_heads) == (8, 4)

@@ -76,4 +76,6 @@ def vectors(
         given = [int(part) for part in parts]
     manifest = write_vectors(model, out, prompt, steps, seed, given, dtype)
     count = sum(len(step["tensors"]) for step in manifest["steps"])
-    console.print(f"{out}: {count} tensors of {len(manifest['steps'])} steps; see manifest.json", soft_wrap=True)
+    console.print(
+        f"{out}: {count} tensors of {len(manifest['steps'])} steps; see manifest.json", soft_wrap=True
+    )

@@ -117,14 +117,14 @@ class Projection(nn.Linear):
     Args:
         inputs, outputs: channels.
         scaled: multiply the outputs by a learned `scale` [outputs], by way of the weight's rows: diag(scale) W x.
-        biased: add a learned `bias` [outputs] at the end.
+        bias: add a learned `bias` [outputs] at the end.
 
     Attributes:
         quantiser: what the weight passes through before it is used, for training that sees its rounded self.
     """
 
-    def __init__(self, inputs: int, outputs: int, scaled: bool = False, biased: bool = False) -> None:
-        super().__init__(inputs, outputs, bias=biased)
+    def __init__(self, inputs: int, outputs: int, scaled: bool = False, bias: bool = False) -> None:
+        super().__init__(inputs, outputs, bias=bias)
         self.scale = nn.Parameter(torch.ones(outputs)) if scaled else None
         self.quantiser: nn.Module | None = None
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from trihybrid import __version__
-from trihybrid.models.gemma4 import TrihybridGemma4Config
+from trihybrid.models.decoder.config import HybridConfig
 from trihybrid.run import Lineage, LineageRecord, RunDirectory, hash_folder
 from trihybrid.surgery.cost import account
 from trihybrid.surgery.operate import PLAN_FILE
-from trihybrid.surgery.plan import CONTEXTS, warnings
+from trihybrid.surgery.plan import CONTEXTS
 from trihybrid.surgery.render import TOTALS
 
 CARD = "README.md"
@@ -50,7 +50,7 @@ LIMITS = """## Limits
 """
 
 
-def model_card(student: Path, config: TrihybridGemma4Config, title: str) -> str:
+def model_card(student: Path, config: HybridConfig, title: str) -> str:
     """The card, Markdown with the hub's front matter.
 
     Args:
@@ -64,7 +64,7 @@ def model_card(student: Path, config: TrihybridGemma4Config, title: str) -> str:
     before, after = account(base, None, contexts), account(base, config, contexts)
     plan = _plan(student)
     converted = sum(slot.converted for slot in slots)
-    teacher = "" if plan is None else f", made from {plan['teacher']}"
+    teacher, notes = ("", []) if plan is None else (f", made from {plan['teacher']}", plan["warnings"])
     lines = [
         FRONT + f"# {title}",
         "",
@@ -84,7 +84,7 @@ def model_card(student: Path, config: TrihybridGemma4Config, title: str) -> str:
         "",
         *_totals(before, after),
         "",
-        *(f"- {line[0].upper()}{line[1:]}." for line in warnings(base, slots, before, after)),
+        *(f"- {line[0].upper()}{line[1:]}." for line in notes),
         "",
         "## What is known about its quality",
         "",

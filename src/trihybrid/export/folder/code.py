@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from trihybrid import __version__
 from trihybrid.export.folder.flatten import flatten
-from trihybrid.models.gemma4 import register
+from trihybrid.models.families import register
 
 PREFIX = "trihybrid_"
 """How the model types of our students begin."""

@@ -108,9 +108,7 @@ def _revision(config: dict[str, Any], fields: dict[str, Any], given: str | None)
         if len(names) != 1:
             listed = ", ".join(f"{key}: {sorted(value)}" for key, value in said.items())
             what = f"says different revisions ({listed})" if names else "names no revision"
-            raise ValueError(
-                f"the configuration {what}; give one of {', '.join(REVISIONS)} with --revision"
-            )
+            raise ValueError(f"the configuration {what}; give one of {', '.join(REVISIONS)} with --revision")
         name = f"hxa{names.pop()}"
     if name not in REVISIONS:
         raise ValueError(

@@ -70,7 +70,12 @@ def recurrent(names: Iterable[str]) -> bool:
 
 
 def match_layer(
-    found: Mapping[str, Shape], published: Published, hidden: int, index: int, first: int, ranks: Mapping[str, int]
+    found: Mapping[str, Shape],
+    published: Published,
+    hidden: int,
+    index: int,
+    first: int,
+    ranks: Mapping[str, int],
 ) -> Layer:
     """The mixers of layer `index`.
 
@@ -107,7 +112,11 @@ def match_layer(
 
 def residual_ranks(found: Mapping[str, Shape], published: Published, hidden: int) -> dict[str, int]:
     """Ranks of residuals and v-LoRA that a layer's tensors show."""
-    names = {"value_residual_rank": "v1", "key_residual_rank": "k1", "value_lora_rank": _value_lora(published)[0]}
+    names = {
+        "value_residual_rank": "v1",
+        "key_residual_rank": "k1",
+        "value_lora_rank": _value_lora(published)[0],
+    }
     needed = published.revision.needs()
     shown = {rank: _rank(found, names[rank], hidden) for rank in needed}
     return {rank: value for rank, value in shown.items() if value}
@@ -130,13 +139,15 @@ def _rwkv7_fields(
     for name, letter in (("decay_rank", "w1"), ("iclr_rank", "a1"), ("gate_rank", "g1")):
         rank = _rank(found, letter, read)
         if not rank:
-            raise ValueError(f"{letter} is missing or has no side of {read} channels, so its rank is not known")
+            raise ValueError(
+                f"{letter} is missing or has no side of {read} channels, so its rank is not known"
+            )
         sizes[name] = rank
     return {
         **sizes,
         "gate": "published",
         "qk_norm": bool(norms) if published.qk_norm is None else published.qk_norm,
-        "projection_bias": any(f"{stem}.bias" in found for stem in STEMS["receptance"]),
+        "input_bias": any(f"{stem}.bias" in found for stem in STEMS["receptance"]),
         "output_bias": any(f"{stem}.bias" in found for stem in STEMS["output"]),
         **published.revision.fields(published.rope_base, ranks),
     }
@@ -160,7 +171,9 @@ def _tica_fields(found: Mapping[str, Shape]) -> dict[str, Any]:
     gate = _shape(found, [f"{start}g2{end}" for start in TINY for end in ("", ".weight")])
     rank = next((size for size in gate if size != queries), queries)
     if queries % width or keys % width:
-        raise ValueError(f"TICA's {queries} query and {keys} key channels are no multiples of its head width, {width}")
+        raise ValueError(
+            f"TICA's {queries} query and {keys} key channels are no multiples of its head width, {width}"
+        )
     return {"heads": queries // width, "kv_heads": keys // width, "head_dim": width, "gate_rank": rank}
 
 

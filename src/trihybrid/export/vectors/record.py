@@ -101,22 +101,26 @@ def recording(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     found: dict[str, Tensor] = {}
     handles: list[Any] = []
 
-    def watch(module: nn.Module, title: str, inputs: bool, also: str | None = None) -> None:
+    def watch(module: nn.Module, title: str, inputs: bool) -> None:
         def hook(_: nn.Module, arguments: tuple, options: dict, result: Any) -> None:
-            given = [item for item in (*arguments, options.get("hidden_states")) if isinstance(item, Tensor)]
             if inputs:
-                found[f"{title}input"] = given[0].detach().clone()
-                if also is not None and len(given) > 1:
-                    found[f"{title}{also}"] = given[1].detach().clone()
+                # Decoder layers of some families take their stream by its place, attentions by its name.
+                found[f"{title}input"] = (
+                    (arguments[0] if arguments else options["hidden_states"]).detach().clone()
+                )
+            per_layer = options.get("per_layer_input", arguments[1] if len(arguments) > 1 else None)
+            if module in layers and isinstance(per_layer, Tensor):
+                found[f"{title}per_layer_input"] = per_layer.detach().clone()
             y = result[0] if isinstance(result, tuple) else result
             found[f"{title}output" if title.endswith(".") else title] = y.detach().clone()
 
         handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     decoder = model.model
+    layers = set(decoder.layers)
     watch(decoder.embed_tokens, "embedding", inputs=False)
     for index, layer in enumerate(decoder.layers):
-        watch(layer, f"layers.{index}.", inputs=True, also="per_layer_input")
+        watch(layer, f"layers.{index}.", inputs=True)
         watch(layer.self_attn, f"layers.{index}.mixer.", inputs=True)
         for mixer in layer.self_attn.children():
             if isinstance(mixer, Mixer):

@@ -92,16 +92,16 @@ class Rwkv7(Mixer):
             )
         self.first = first if options.residual else None
         hidden, channels, kv_channels = options.hidden_size, options.channels, options.kv_channels
-        biased = options.projection_bias
-        self.receptance = Projection(hidden, channels, biased=biased)
+        biased = options.input_bias
+        self.receptance = Projection(hidden, channels, bias=biased)
         if options.qk_norm:
             self.r_norm = HeadNorm(options.head_dim, options.norm_epsilon)
         if donor is None:
-            self.key = Projection(hidden, kv_channels, biased=biased)
-            self.value = Projection(hidden, kv_channels, biased=biased)
+            self.key = Projection(hidden, kv_channels, bias=biased)
+            self.value = Projection(hidden, kv_channels, bias=biased)
             if options.qk_norm:
                 self.k_norm = HeadNorm(options.head_dim, options.norm_epsilon)
-        self.output = Projection(channels, hidden, biased=options.output_bias)
+        self.output = Projection(channels, hidden, bias=options.output_bias)
         self.w0, self.a0 = nn.Parameter(torch.empty(channels)), nn.Parameter(torch.empty(channels))
         read = hidden if options.lora_input == "input" else channels
         for letter, rank in (("w", options.decay_rank), ("a", options.iclr_rank), ("g", options.gate_rank)):

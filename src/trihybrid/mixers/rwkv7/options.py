@@ -34,7 +34,7 @@ class Rwkv7Options:
         lora_input: what decay, iclr and gate are computed from: the `input` x, or the `receptance` r [C] after its
             norm and rotation.
         bonus: o <- o + (sum_n r k r_k) v a head, with the scaled and repeated k, after o's factor 1 / sqrt(N).
-        projection_bias: receptance, key and value have biases.
+        input_bias: receptance, key and value have biases.
         output_bias: the output projection has one.
 
     Raises:
@@ -60,7 +60,7 @@ class Rwkv7Options:
     value_lora_factor: float = 0.2
     lora_input: Literal["input", "receptance"] = "input"
     bonus: bool = False
-    projection_bias: bool = False
+    input_bias: bool = False
     output_bias: bool = False
 
     def __post_init__(self) -> None:

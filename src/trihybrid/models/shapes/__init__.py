@@ -16,11 +16,32 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TypeAlias
 
-from transformers import Gemma3TextConfig, Gemma4TextConfig
+from transformers import (
+    Gemma3TextConfig,
+    Gemma4TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
-TeacherConfig: TypeAlias = Gemma4TextConfig | Gemma3TextConfig
+TeacherConfig: TypeAlias = PreTrainedConfig
 
-CLASSES: dict[str, type[TeacherConfig]] = {"gemma4_text": Gemma4TextConfig, "gemma3_text": Gemma3TextConfig}
+CLASSES: dict[str, type[TeacherConfig]] = {
+    config.model_type: config
+    for config in (
+        Gemma4TextConfig,
+        Gemma3TextConfig,
+        LlamaConfig,
+        MistralConfig,
+        Qwen2Config,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    )
+}
+"""Model type of a teacher -> class of its configuration."""
 
 ALIASES = {
     f"google/{family}-{size}{ending}": f"{family}-{size}".lower()
