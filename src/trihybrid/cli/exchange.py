@@ -34,15 +34,18 @@ def import_command(
         Path, typer.Argument(help="An exported student, or a published one of the hxa07 family.")
     ],
     out: Annotated[Path, typer.Argument(help="Folder for the student; it must not exist yet.")],
+    revision: Annotated[
+        str | None, typer.Option(help="Revision of a published student, as `hxa07c`, if it does not say.")
+    ] = None,
 ) -> None:
     """Read a folder from elsewhere as a student of ours. No code in it is run.
 
     Every tensor must find its place; one that is missing, does not fit or belongs to nothing is named, and nothing is
     written.
     """
-    from trihybrid.export.back import import_folder
+    from trihybrid.export.incoming import import_folder
 
-    made = import_folder(folder, out)
+    made = import_folder(folder, out, revision)
     console.print(f"{out}: read as {made.source}", soft_wrap=True)
     for note in made.notes:
         console.print(f"note: {note}", soft_wrap=True)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig
 from transformers import initialization as init
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from trihybrid.models.decoder.config import HybridConfig
+from trihybrid.models.families import family_of_student
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def wanted_tensors(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+def wanted_tensors(config: HybridConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of what a saved model of this configuration holds; a tied head is not stored."""
     with torch.device("meta"), init.no_init_weights():
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        model = family_of_student(config.model_type).student(config)
     tied = set(model._tied_weights_keys) if config.tie_word_embeddings else set()
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 

@@ -69,6 +69,20 @@ def family_of(base: TeacherConfig) -> Family:
     )
 
 
+def family_of_student(model_type: str) -> Family:
+    """The family whose students have this model type.
+
+    Raises:
+        ValueError: no family has.
+    """
+    for family in FAMILIES:
+        if family.student_type == model_type:
+            return family
+    raise ValueError(
+        f'model_type is "{model_type}"; converted students are {", ".join(f.student_type for f in FAMILIES)}'
+    )
+
+
 def register() -> None:
     """Make transformers' Auto classes know the students of every family; safe to call again."""
     for family in FAMILIES:

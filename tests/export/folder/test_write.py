@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from trihybrid.export.back import take_back
 from trihybrid.export.folder.code import auto_map, changed_files, code_files
 from trihybrid.export.folder.write import export_folder
+from trihybrid.export.incoming import import_folder
 from trihybrid.models.checkpoint import MANIFEST, check_folder, load_model
 
 TYPE = "trihybrid_gemma4"
@@ -95,7 +95,7 @@ def test_our_own_code_reads_a_folder_and_runs_none_of_its(exported: Path, tmp_pa
 
 
 def test_there_and_back_is_the_same_student(exported: Path, student: Path, tmp_path: Path) -> None:
-    taken = take_back(exported, tmp_path / "back")
+    taken = import_folder(exported, tmp_path / "back")
     assert (taken.source, taken.notes) == ("export", ())
     files = {path.name: path.read_bytes() for path in (tmp_path / "back").iterdir()}
     assert files == {path.name: path.read_bytes() for path in student.iterdir()}
@@ -109,7 +109,7 @@ def test_changed_code_is_said_and_does_not_count(
     (folder / "trihybrid_ops_wkv7.py").write_text("# mine\n")
     (folder / "more.py").write_text("")
     assert changed_files(folder, TYPE) == ["more.py", "trihybrid_ops_wkv7.py"]
-    taken = take_back(folder, tmp_path / "back")
+    taken = import_folder(folder, tmp_path / "back")
     (note,) = taken.notes
     assert note.startswith(
         "2 code files of the folder are not what this version of trihybrid writes, first more.py"
@@ -137,7 +137,7 @@ def test_tensors_that_do_not_fit_are_refused(student: Path, tmp_path: Path) -> N
         export_folder(folder, tmp_path / "out")
     save_file(tensors | {"model.norm.weight": taken[:3].clone()}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"model.norm.weight is \[3\], wanted \[16\]"):
-        take_back(folder, tmp_path / "out")
+        import_folder(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -147,8 +147,10 @@ def test_what_cannot_be_exported_is_said(student: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(student, tmp_path / "model"))
     (folder / MANIFEST).unlink()
     (folder / "config.json").write_text(json.dumps({"model_type": "gemma4_text"}))
-    with pytest.raises(ValueError, match=r'model_type is "gemma4_text"; export is for converted students'):
+    with pytest.raises(
+        ValueError, match=r'model_type is "gemma4_text"; converted students are trihybrid_gemma4,'
+    ):
         export_folder(folder, tmp_path / "out")
-    with pytest.raises(ValueError, match=r'model_type is "trihybrid_none"; only a converted student'):
+    with pytest.raises(ValueError, match=r'model_type is "trihybrid_none"; converted students are'):
         code_files("trihybrid_none")
     assert not (tmp_path / "out").exists()

@@ -5,15 +5,9 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
-
 from trihybrid import __version__
 from trihybrid.export.folder.flatten import flatten
-from trihybrid.models.families import register
-
-PREFIX = "trihybrid_"
-"""How the model types of our students begin."""
+from trihybrid.models.families import family_of_student
 
 HEADER = f"""{{path}} of trihybrid {__version__} (Apache-2.0), written by `trihybrid export`.
 Change the package and export again rather than this file."""
@@ -59,14 +53,9 @@ def _roots(model_type: str) -> dict[str, str]:
 
 
 def _classes(model_type: str) -> dict[str, type]:
-    register()
-    if not model_type.startswith(PREFIX) or model_type not in CONFIG_MAPPING:
-        raise ValueError(
-            f'model_type is "{model_type}"; only a converted student carries code, all else is transformers\' own'
-        )
-    config = CONFIG_MAPPING[model_type]
+    student = family_of_student(model_type).student
     return {
-        "AutoConfig": config,
-        "AutoModel": MODEL_MAPPING[config],
-        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING[config],
+        "AutoConfig": student.config_class,
+        "AutoModel": student.decoder,
+        "AutoModelForCausalLM": student,
     }

@@ -5,12 +5,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
 from trihybrid.export.folder.card import CARD, model_card
-from trihybrid.export.folder.code import PREFIX, auto_map, code_files
+from trihybrid.export.folder.code import auto_map, code_files
 from trihybrid.export.inventory import differences, stored_tensors, wanted_tensors
 from trihybrid.models.checkpoint import MANIFEST, check_folder, save_folder
+from trihybrid.models.families import family_of_student
 
 CONFIG = "config.json"
 
@@ -45,10 +44,8 @@ def export_folder(student: Path, out: Path) -> Export:
         raise ValueError(f"{out}: exists; name a folder that does not exist yet")
     fields = check_folder(student)
     kind = str(fields.get("model_type"))
-    if not kind.startswith(PREFIX):
-        raise ValueError(f'{student}: model_type is "{kind}"; export is for converted students, "{PREFIX}*"')
     code = code_files(kind)
-    config = CONFIG_MAPPING[kind].from_dict(dict(fields))
+    config = family_of_student(kind).student.config_class.from_dict(dict(fields))
     faults = differences(stored_tensors(student), wanted_tensors(config))
     if faults:
         raise ValueError(f"{student}: {len(faults)} tensors do not fit {CONFIG}, first: {faults[0]}")

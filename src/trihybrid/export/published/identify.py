@@ -112,7 +112,7 @@ def _revision(config: dict[str, Any], fields: dict[str, Any], given: str | None)
         name = f"hxa{names.pop()}"
     if name not in REVISIONS:
         raise ValueError(
-            f"revision {name}: its equations are not public, or older than what is read here; known are "
+            f"revision {name.removeprefix('hxa')}: its equations are not public, or older than what is read here; known are "
             f"{', '.join(REVISIONS)}"
         )
     return REVISIONS[name]
@@ -121,8 +121,8 @@ def _revision(config: dict[str, Any], fields: dict[str, Any], given: str | None)
 def _teacher(said: str, fields: dict[str, Any], revision: Revision) -> str:
     if "glm" in said or fields.get("kv_lora_rank") is not None:
         raise ValueError(
-            f"{revision.name} on GLM: it keeps the teacher's multi-head latent attention (q_lora_rank, kv_lora_rank) for "
-            "r, k and v, which no mixer here has; it cannot be read"
+            f"{revision.name} on GLM: it keeps the teacher's multi-head latent attention (q_lora_rank, kv_lora_rank) "
+            "for r, k and v, which no mixer here has; it cannot be read"
         )
     if "gemma" in said or fields.get("hidden_size_per_layer_input") is not None:
         return "gemma4_text"

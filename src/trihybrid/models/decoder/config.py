@@ -62,6 +62,7 @@ class HybridConfig(PreTrainedConfig):
             became a sliding one; empty means the teacher's own layout.
         rwkv7: fields of `Rwkv7Options` but the hidden size, if any slot has the mixer.
         tica: fields of `TicaOptions` but the hidden size, if any slot has the mixer.
+        nope: whether retained attention has no positions, as in published hybrids whose attention was trained without.
         use_cache: whether a forward pass that is not told makes a cache, as in the teacher.
 
     Raises:
@@ -75,6 +76,7 @@ class HybridConfig(PreTrainedConfig):
     slots: list | None = None
     rwkv7: dict | None = None
     tica: dict | None = None
+    nope: bool = False
     use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:

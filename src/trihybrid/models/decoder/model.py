@@ -245,7 +245,7 @@ class HybridModel(HybridPreTrainedModel):
         """Run layer `index` ([B, T, D] -> [B, T, D]). `layer` puts the teacher's in its place, which sees what the
         teacher's saw; `record` is handed to that layer's attention."""
         teacher = self.anatomy.attentions[index].layer_type
-        masked = teacher
+        masked, rotary = teacher, stream.rotary.get(teacher)
         ours: dict[str, Any] = {}
         if layer is None:
             layer = self.layers[index]
@@ -253,11 +253,13 @@ class HybridModel(HybridPreTrainedModel):
                 ours = {"span": stream.span, "shared": stream.shared}
             else:
                 masked = TYPES[self.slots[index].mixers[0]]
+                if self.config.nope and rotary is not None:
+                    rotary = torch.ones_like(rotary[0]), torch.zeros_like(rotary[1])
         if record is not None:
             ours["record"] = record
         return layer(
             hidden_BTD,
-            position_embeddings=stream.rotary.get(teacher),
+            position_embeddings=rotary,
             attention_mask=stream.masks.get(masked),
             position_ids=stream.position_ids,
             **{CACHE: stream.cache},
