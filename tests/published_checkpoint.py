@@ -78,8 +78,9 @@ def tica(draws: Draws, width: int) -> Tensors:
     }
 
 
-def qwen3(revision: str, seed: int = 0, **config: Any) -> tuple[dict[str, Any], Tensors]:
-    """A Qwen3-style hybrid: recurrences but in layer 2, which is attention without positions."""
+def qwen3(revision: str, seed: int = 0, experts: int = 0, **config: Any) -> tuple[dict[str, Any], Tensors]:
+    """A Qwen3-style hybrid: recurrences but in layer 2, which is attention without positions. With `experts`, so many
+    of them stand in the place of each MLP, stored one by one."""
     draws = Draws(seed)
     tensors = {
         "model.embed_tokens.weight": draws.vector(VOCABULARY, WIDTH, mean=0),
@@ -91,10 +92,13 @@ def qwen3(revision: str, seed: int = 0, **config: Any) -> tuple[dict[str, Any], 
         own = {
             "input_layernorm.weight": draws.vector(WIDTH),
             "post_attention_layernorm.weight": draws.vector(WIDTH),
-            "mlp.gate_proj.weight": draws.matrix(20, WIDTH),
-            "mlp.up_proj.weight": draws.matrix(20, WIDTH),
-            "mlp.down_proj.weight": draws.matrix(WIDTH, 20),
         }
+        for place in [f"experts.{e}." for e in range(experts)] or [""]:
+            own[f"mlp.{place}gate_proj.weight"] = draws.matrix(20, WIDTH)
+            own[f"mlp.{place}up_proj.weight"] = draws.matrix(20, WIDTH)
+            own[f"mlp.{place}down_proj.weight"] = draws.matrix(WIDTH, 20)
+        if experts:
+            own["mlp.gate.weight"] = 3 * draws.matrix(experts, WIDTH)
         if i in ATTENTION:
             mixed = {
                 "q_proj.weight": draws.matrix(CHANNELS, WIDTH),
@@ -138,7 +142,30 @@ def qwen3(revision: str, seed: int = 0, **config: Any) -> tuple[dict[str, Any], 
         "tie_word_embeddings": False,
         "vocab_size": VOCABULARY,
     }
+    if experts:
+        fields |= {
+            "architectures": [f"RWKV{revision[3:].upper()}MoEForCausalLM"],
+            "model_type": f"rwkv{revision[3:]}_moe",
+            "num_experts": experts,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "norm_topk_prob": True,
+        }
     return fields | config, tensors
+
+
+def packed(tensors: Tensors) -> Tensors:
+    """All experts of a layer in one tensor, gate above up."""
+    found = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for i in range(LAYERS):
+        prefix = f"model.layers.{i}.mlp.experts."
+        count = len(tensors[f"model.layers.{i}.mlp.gate.weight"])
+        one = [
+            {p: tensors[f"{prefix}{e}.{p}_proj.weight"] for p in ("gate", "up", "down")} for e in range(count)
+        ]
+        found[f"{prefix}gate_up_proj"] = torch.stack([torch.cat([e["gate"], e["up"]]) for e in one])
+        found[f"{prefix}down_proj"] = torch.stack([e["down"] for e in one])
+    return found
 
 
 def gemma4(seed: int = 0, **config: Any) -> tuple[dict[str, Any], Tensors]:

@@ -50,7 +50,25 @@ def logits(revision: str, fields: dict[str, Any], tensors: dict[str, Tensor], id
             y_TD = out.flatten(1) @ q["o_proj.weight"].T
         h_TD = h_TD + y_TD
         z_TD = norm(h_TD, p[f"{prefix}post_attention_layernorm.weight"])
-        gate = z_TD @ p[f"{prefix}mlp.gate_proj.weight"].T
-        inner = gate * hxa07.sigmoid(gate) * (z_TD @ p[f"{prefix}mlp.up_proj.weight"].T)
-        h_TD = h_TD + inner @ p[f"{prefix}mlp.down_proj.weight"].T
+        h_TD = h_TD + mlp(z_TD, p, f"{prefix}mlp.", fields)
     return norm(h_TD, p["model.norm.weight"]) @ p["lm_head.weight"].T
+
+
+def mlp(z_TD: Tensor, p: dict[str, Tensor], prefix: str, fields: dict[str, Any]) -> Tensor:
+    """One MLP, or the best experts of each token by a softmax over all, their shares made to add up to one."""
+    if f"{prefix}gate.weight" not in p:
+        return gated(z_TD, p, prefix)
+    y_TD = torch.zeros_like(z_TD)
+    for t, z_D in enumerate(z_TD):
+        share = torch.softmax(p[f"{prefix}gate.weight"] @ z_D, 0)
+        best = share.argsort(descending=True)[: fields["num_experts_per_tok"]].tolist()
+        for expert in best:
+            part = share[expert] / share[best].sum()
+            y_TD[t] += part * gated(z_D, p, f"{prefix}experts.{expert}.")
+    return y_TD
+
+
+def gated(z: Tensor, p: dict[str, Tensor], prefix: str) -> Tensor:
+    gate = z @ p[f"{prefix}gate_proj.weight"].T
+    inner = gate * hxa07.sigmoid(gate) * (z @ p[f"{prefix}up_proj.weight"].T)
+    return inner @ p[f"{prefix}down_proj.weight"].T

@@ -1,5 +1,12 @@
-"""For all tests of this room, made once: finished runs of a micro recipe, and the folder of a small student."""
+"""For all tests of this room, made once: finished runs of a micro recipe, the folder of a small student, and a Python
+that has torch and transformers and no trihybrid."""
 
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,3 +38,39 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("student") / "student"
     save_folder(folder, make_student().save_pretrained)
     return folder
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
+    """Run a script in a Python whose path has everything that is installed here but trihybrid: the standard library and
+    a folder of links. No site module, so no `.pth` file brings it back. The script prints one JSON object."""
+    root = tmp_path_factory.mktemp("bare")
+    packages = root / "packages"
+    packages.mkdir()
+    for name in ("purelib", "platlib"):
+        for entry in Path(sysconfig.get_path(name)).iterdir():
+            if "trihybrid" not in entry.name and entry.suffix != ".pth":
+                link = packages / entry.name
+                if not link.exists():
+                    link.symlink_to(entry)
+
+    def run(script: str, *arguments: object) -> dict:
+        start = (
+            f"import sys; sys.path.append({str(packages)!r}); import importlib.util; "
+            "assert importlib.util.find_spec('trihybrid') is None\n"
+        )
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))
+        }
+        environment |= {"HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", start + script, *map(str, arguments)],
+            env=environment,
+            text=True,
+            capture_output=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run

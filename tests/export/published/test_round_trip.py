@@ -1,6 +1,7 @@
 """Synthetic checkpoints of every revision, imported whole, against a direct reading of the published tensors."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import published_checkpoint
 import qwen3_reading
 from gemma4_reading import Reading
+from trihybrid.export.folder.write import export_folder
 from trihybrid.export.incoming import import_folder
 from trihybrid.mixers.rwkv7 import REVISIONS
 from trihybrid.models.checkpoint import check_folder, load_model
@@ -38,6 +40,25 @@ def test_a_qwen3_student_computes_what_its_equations_say(revision: str, tmp_path
             outputs = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
             pieces.append(outputs.logits[0])
     assert relative_error(torch.cat(pieces), expected) < 1e-5
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_experts_come_one_by_one_or_together(packed: bool, tmp_path: Path) -> None:
+    fields, tensors = published_checkpoint.qwen3("hxa07d", experts=3)
+    stored = published_checkpoint.packed(tensors) if packed else tensors
+    source = published_checkpoint.write(tmp_path / "published", fields, stored)
+    assert import_folder(source, tmp_path / "ours").source == "hxa07d on qwen3_moe"
+    with torch.no_grad():
+        logits = load_model(tmp_path / "ours")(torch.tensor([IDS])).logits[0]
+    assert relative_error(logits, qwen3_reading.logits("hxa07d", fields, tensors, IDS)) < 1e-5
+    del stored[
+        "model.layers.1.mlp.experts.down_proj" if packed else "model.layers.1.mlp.experts.2.up_proj.weight"
+    ]
+    broken = published_checkpoint.write(tmp_path / "broken", fields, stored)
+    with pytest.raises(
+        ValueError, match=r"model.layers.1.mlp.experts.(gate_up|down)_proj \[3, .*\] is missing"
+    ):
+        import_folder(broken, tmp_path / "out")
 
 
 @pytest.mark.parametrize("revision", ["hxa07a", "hxa07e"])
@@ -133,9 +154,9 @@ def test_an_import_is_whole_and_says_where_all_came_from(tmp_path: Path) -> None
     named = model.state_dict()
     assert set(report["tensors"]) == set(named)
     for name, place in report["tensors"].items():
-        given = tensors[place["from"]]
+        given = tensors[place["from"][0]]
         assert torch.equal(named[name], given.squeeze() if place["change"] == "reshape" else given)
-    assert set(report["left"]) == set(tensors) - {place["from"] for place in report["tensors"].values()}
+    assert set(report["left"]) == set(tensors) - {place["from"][0] for place in report["tensors"].values()}
     assert set(report["left"].values()) == {"declared and not used by hxa07b"}
 
 
@@ -155,3 +176,28 @@ def test_shards_are_bounded(tmp_path: Path) -> None:
     assert set(index["weight_map"].values()) == {path.name for path in files}
     left, right = (load_model(tmp_path / name).state_dict() for name in ("one", "many"))
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_an_imported_student_is_exported_like_any_other(
+    bare_python: Callable[..., dict], tmp_path: Path
+) -> None:
+    """A Qwen3 host with positions, residuals and a bonus in its recurrences, where there is no trihybrid."""
+    fields, tensors = published_checkpoint.qwen3("hxa079")
+    import_folder(published_checkpoint.write(tmp_path / "published", fields, tensors), tmp_path / "ours")
+    export_folder(tmp_path / "ours", tmp_path / "exported")
+    found = bare_python(
+        "import json, torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "torch.set_num_threads(1)\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "with torch.no_grad():\n"
+        "    logits = model(torch.tensor([json.loads(sys.argv[2])])).logits[0].tolist()\n"
+        "print(json.dumps({'logits': logits, 'module': type(model).__module__}))",
+        tmp_path / "exported",
+        json.dumps(IDS),
+    )
+    assert found["module"].endswith(".modeling_trihybrid_qwen3")
+    with torch.no_grad():
+        logits = load_model(tmp_path / "ours")(torch.tensor([IDS])).logits[0]
+    assert torch.equal(torch.tensor(found["logits"]), logits)
+    assert "Read from published, revision hxa079." in (tmp_path / "exported" / "README.md").read_text()

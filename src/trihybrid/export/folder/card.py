@@ -17,6 +17,8 @@ from trihybrid.surgery.plan import CONTEXTS
 from trihybrid.surgery.render import TOTALS
 
 CARD = "README.md"
+IMPORTED = "import.json"
+"""What an import leaves beside a published student's weights: where they came from."""
 
 FRONT = """---
 library_name: transformers
@@ -70,7 +72,7 @@ def model_card(student: Path, config: HybridConfig, title: str) -> str:
         "",
         f"A hybrid language model{teacher}: {converted} of the {len(slots)} layers of a {base.model_type} hold "
         "recurrences or small attentions in the place of the teacher's attention; the others are the teacher's. "
-        f"Written by trihybrid {__version__}.",
+        f"Written by trihybrid {__version__}.{_origin(student)}",
         "",
         LOAD,
         "## Layers",
@@ -98,6 +100,15 @@ def model_card(student: Path, config: HybridConfig, title: str) -> str:
 def _plan(student: Path) -> dict[str, Any] | None:
     path = student / PLAN_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _origin(student: Path) -> str:
+    """Where an imported student came from."""
+    path = student / IMPORTED
+    if not path.is_file():
+        return ""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    return f" Read from {report['source']}, revision {report['revision']}."
 
 
 def _layers(after: dict[str, Any]) -> list[str]:

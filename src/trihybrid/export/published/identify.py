@@ -112,7 +112,7 @@ def _revision(config: dict[str, Any], fields: dict[str, Any], given: str | None)
         name = f"hxa{names.pop()}"
     if name not in REVISIONS:
         raise ValueError(
-            f"revision {name.removeprefix('hxa')}: its equations are not public, or older than what is read here; known are "
+            f"revision {name.removeprefix('hxa')}: its equations are not public, or older than what is read here, "
             f"{', '.join(REVISIONS)}"
         )
     return REVISIONS[name]

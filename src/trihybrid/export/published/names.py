@@ -17,7 +17,7 @@ from trihybrid.mixers.rwkv7 import Rwkv7, Rwkv7Options
 from trihybrid.mixers.tica import Tica, TicaOptions
 
 Shape = tuple[int, ...]
-Change = Literal["none", "reshape", "transpose"]
+Change = Literal["none", "reshape", "transpose", "stack", "stack pairs"]
 
 STEMS = {
     "receptance": ("receptance", "receptance_proj", "r_proj", "q_proj"),
@@ -38,9 +38,10 @@ METADATA = ("layer_architecture", "head_size_record")
 
 @dataclass(frozen=True)
 class Source:
-    """A published tensor, and how it becomes ours."""
+    """One published tensor or several, and how they become ours: as they are, in another shape, turned round, stacked
+    along a new first dimension, or joined in pairs and then stacked."""
 
-    name: str
+    names: tuple[str, ...]
     change: Change = "none"
 
 
@@ -199,7 +200,7 @@ def _match(layer: Layer, found: Mapping[str, Shape], ours: str, wanted: Shape, s
     for name in there:
         change = _change(ours, name, found[name], wanted)
         if change is not None:
-            layer.sources[ours] = Source(name, change)
+            layer.sources[ours] = Source((name,), change)
             return
     if there:
         shapes = ", ".join(f"{name} {list(found[name])}" for name in there)
@@ -223,7 +224,7 @@ def _change(ours: str, name: str, found: Shape, wanted: Shape) -> Change | None:
 
 def _match_by_shape(layer: Layer, found: Mapping[str, Shape], mixers: list[Mixer]) -> None:
     """What no spelling found: the one tensor left of its shape, where no other wanted tensor has that shape."""
-    used = {source.name for source in layer.sources.values()}
+    used = {name for source in layer.sources.values() for name in source.names}
     faulted = {fault.partition(":")[0] for fault in layer.faults}
     open_shapes = {
         f"{mixer.kind}.{name}": tuple(tensor.shape)
@@ -235,7 +236,7 @@ def _match_by_shape(layer: Layer, found: Mapping[str, Shape], mixers: list[Mixer
     for ours, shape in open_shapes.items():
         same = [name for name, other in rest.items() if other == shape]
         if len(same) == 1 and list(open_shapes.values()).count(shape) == 1:
-            layer.sources[ours] = Source(same[0])
+            layer.sources[ours] = Source((same[0],))
             layer.notes.append(f"{same[0]} is read as {ours}: by its shape alone, {list(shape)}")
         else:
             listed = f"; of this shape are {', '.join(same)}" if same else ""
@@ -243,7 +244,7 @@ def _match_by_shape(layer: Layer, found: Mapping[str, Shape], mixers: list[Mixer
 
 
 def _explain_the_rest(layer: Layer, found: Mapping[str, Shape], published: Published, first: bool) -> None:
-    used = {source.name for source in layer.sources.values()}
+    used = {name for source in layer.sources.values() for name in source.names}
     for name in found:
         stem = name.removesuffix(".weight").removesuffix(".bias")
         if name in used:

@@ -216,17 +216,24 @@ def _place(
         mixed = re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.((?:rwkv7|tica)\..+)", name)
         if mixed is not None:
             source = mixers[int(mixed[1])].sources[mixed[2]]
-            place = names[f"model.layers.{mixed[1]}.self_attn.{source.name}"]
-            reading.sources[name] = replace(source, name=place)
-        elif name not in names:
-            faults.append(f"{name} {list(shape)} is missing")
-        elif (found := reading.stored[names[name]].shape) == shape:
-            reading.sources[name] = Source(names[name])
+            places = tuple(names[f"model.layers.{mixed[1]}.self_attn.{end}"] for end in source.names)
+            reading.sources[name] = replace(source, names=places)
+            continue
+        if name not in names:
+            experts = _experts(name, shape, names, reading.stored)
+            if experts is None:
+                faults.append(f"{name} {list(shape)} is missing")
+            else:
+                reading.sources[name] = experts
+            continue
+        found = reading.stored[names[name]].shape
+        if found == shape:
+            reading.sources[name] = Source((names[name],))
         elif [size for size in found if size != 1] == [size for size in shape if size != 1]:
-            reading.sources[name] = Source(names[name], "reshape")
+            reading.sources[name] = Source((names[name],), "reshape")
         else:
             faults.append(f"{name}: wanted {list(shape)}, found {list(found)}")
-    used = {source.name for source in reading.sources.values()}
+    used = {place for source in reading.sources.values() for place in source.names}
     misfits = {fault.partition(":")[0] for fault in faults}
     for name, place in names.items():
         if place in used or name in misfits:
@@ -236,6 +243,23 @@ def _place(
             faults.append(f"{place} {list(reading.stored[place].shape)} belongs to nothing")
         else:
             reading.left[place] = why
+
+
+def _experts(
+    name: str, shape: Shape, names: Mapping[str, str], stored: Mapping[str, StoredTensor]
+) -> Source | None:
+    """Experts that are stored one by one, where ours lie in one tensor, [experts, outputs, inputs]: `gate_up_proj` is
+    gate above up. None where they are not all there, in their shapes."""
+    found = re.fullmatch(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)", name)
+    if found is None:
+        return None
+    pair = found[2] == "gate_up_proj"
+    parts = ("gate_proj", "up_proj") if pair else ("down_proj",)
+    single = (shape[1] // len(parts), shape[2])
+    wanted = [f"{found[1]}.{expert}.{part}.weight" for expert in range(shape[0]) for part in parts]
+    if not all(part in names and stored[names[part]].shape == single for part in wanted):
+        return None
+    return Source(tuple(names[part] for part in wanted), "stack pairs" if pair else "stack")
 
 
 def _why_left(config: HybridConfig, name: str, mixers: Mapping[int, Layer]) -> str | None:

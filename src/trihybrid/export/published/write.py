@@ -1,6 +1,7 @@
 """Writing a published student in our format: shards of bounded size, the teacher's tokenizer, and what was read."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trihybrid import __version__
+from trihybrid.export.folder.card import IMPORTED
 from trihybrid.export.inventory import StoredTensor, wanted_tensors
 from trihybrid.export.published.names import Source
 from trihybrid.export.published.read import TIED, Reading
 from trihybrid.models.checkpoint import save_folder
 from trihybrid.models.families import family_of_student
 
-REPORT = "import.json"
 SHARD_BYTES = 2 << 30
 """Bytes of a shard, above which only a single tensor may make it: what is held in memory at once."""
 KEPT = (
@@ -57,14 +58,14 @@ def write_published(source: Path, reading: Reading, out: Path, shard_bytes: int 
     def write(partial: Path) -> None:
         _write_weights(reading, partial, shard_bytes)
         config = reading.config
-        embedding = reading.stored[reading.sources["model.embed_tokens.weight"].name]
+        embedding = reading.stored[reading.sources["model.embed_tokens.weight"].names[0]]
         config.dtype = DTYPES[embedding.dtype]
         config.architectures = [family_of_student(config.model_type).student.__name__]
         config.save_pretrained(partial)
         for name in KEPT:
             if (source / name).is_file():
                 shutil.copyfile(source / name, partial / name)
-        (partial / REPORT).write_text(json.dumps(_report(source, reading), indent=2) + "\n")
+        (partial / IMPORTED).write_text(json.dumps(_report(source, reading), indent=2) + "\n")
 
     save_folder(out, write)
 
@@ -78,7 +79,8 @@ def _report(source: Path, reading: Reading) -> dict:
         "teacher": reading.published.teacher,
         "notes": reading.notes,
         "tensors": {
-            name: {"from": place.name, "change": place.change} for name, place in reading.sources.items()
+            name: {"from": list(place.names), "change": place.change}
+            for name, place in reading.sources.items()
         },
         "left": reading.left,
     }
@@ -89,12 +91,12 @@ def _write_weights(reading: Reading, folder: Path, shard_bytes: int) -> None:
     shards: list[list[str]] = [[]]
     size = 0
     for name, place in reading.sources.items():
-        bytes_ = _bytes(reading.stored[place.name])
-        if shards[-1] and size + bytes_ > shard_bytes:
+        more = _bytes(reading, place)
+        if shards[-1] and size + more > shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += bytes_
+        size += more
     files: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         one = len(shards) == 1
@@ -103,30 +105,33 @@ def _write_weights(reading: Reading, folder: Path, shard_bytes: int) -> None:
         save_file(tensors, folder / file, {"format": "pt"})
         files |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        total = sum(_bytes(reading.stored[place.name]) for place in reading.sources.values())
+        total = sum(_bytes(reading, place) for place in reading.sources.values())
         index = {"metadata": {"total_size": total}, "weight_map": files}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _tensor(reading: Reading, source: Source, shape: tuple[int, ...]) -> Tensor:
-    with safe_open(reading.stored[source.name].file, "pt") as opened:
-        tensor = opened.get_tensor(source.name)
+    tensors = []
+    for name in source.names:
+        with safe_open(reading.stored[name].file, "pt") as opened:
+            tensors.append(opened.get_tensor(name))
     if source.change == "transpose":
-        tensor = tensor.squeeze().mT
+        return tensors[0].squeeze().mT.contiguous()
+    if source.change == "stack pairs":
+        tensors = [torch.cat(tensors[place : place + 2]) for place in range(0, len(tensors), 2)]
+    tensor = torch.stack(tensors) if source.change.startswith("stack") else tensors[0]
     return tensor.reshape(shape).contiguous()
 
 
-def _bytes(tensor: StoredTensor) -> int:
-    total = BYTES[tensor.dtype]
-    for size in tensor.shape:
-        total *= size
-    return total
+def _bytes(reading: Reading, source: Source) -> int:
+    tensors = [reading.stored[name] for name in source.names]
+    return sum(BYTES[tensor.dtype] * math.prod(tensor.shape) for tensor in tensors)
 
 
 def _check_tied(source: Path, reading: Reading) -> None:
     """A head that is left out as tied must be the embedding."""
     heads = [name for name, why in reading.left.items() if why == TIED]
-    embedding = reading.sources["model.embed_tokens.weight"].name
+    embedding = reading.sources["model.embed_tokens.weight"].names[0]
     for head in heads:
         pairs = zip(_rows(reading.stored, head), _rows(reading.stored, embedding), strict=True)
         if not all(torch.equal(left, right) for left, right in pairs):
