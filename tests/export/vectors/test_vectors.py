@@ -8,9 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import hxa07
+import published_checkpoint
+import qwen3_reading
 from gemma4_reading import Reading
 from small_student import make_student
 from tiny_gemma4 import build_teacher
+from trihybrid.export.incoming import import_folder
 from trihybrid.export.vectors.record import WHAT, describe
 from trihybrid.export.vectors.write import MANIFEST, write_vectors
 from trihybrid.models.checkpoint import save_folder
@@ -93,6 +97,29 @@ def test_per_layer_inputs_are_the_models(vectors: tuple[Path, Path]) -> None:
     expected = (normed + looked.view(PROMPT, layers, width)) * 2**-0.5
     for i in range(layers):
         assert relative_error(prefill[f"layers.{i}.per_layer_input"][0], expected[:, i]) < 1e-5
+
+
+def test_a_published_student_on_another_host_is_recorded_too(tmp_path: Path) -> None:
+    """hxa079 on Qwen3: logits and the state of a recurrence that mixes the first one's keys and values in."""
+    fields, tensors = published_checkpoint.qwen3("hxa079")
+    import_folder(published_checkpoint.write(tmp_path / "in", fields, tensors), tmp_path / "model")
+    manifest = write_vectors(tmp_path / "model", tmp_path / "vectors", 6, 2)
+    steps = [load_file(tmp_path / "vectors" / step["file"]) for step in manifest["steps"]]
+    expected = qwen3_reading.logits("hxa079", fields, tensors, manifest["tokens"])
+    assert relative_error(torch.cat([step["logits"][0] for step in steps]), expected) < 1e-5
+
+    def mixed(layer: int, first: list | None) -> tuple[torch.Tensor, torch.Tensor, list]:
+        prefix = f"model.layers.{layer}.self_attn."
+        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        x_TD = torch.cat([step[f"layers.{layer}.mixer.input"][0] for step in steps])
+        return hxa07.time_mix("hxa079", own, x_TD, hxa07.Sizes(4, 2, 6, fields["rope_theta"]), first)
+
+    pairs = mixed(0, None)[2]
+    y_TD, states, _ = mixed(3, pairs)
+    recorded = torch.cat([step["layers.3.rwkv7.output"][0] for step in steps])
+    assert relative_error(recorded, y_TD) < 1e-5
+    assert relative_error(steps[-1]["layers.3.state.matrix.after"][0], states) < 1e-5
+    assert {name for name in steps[0] if "per_layer" in name} == set()
 
 
 def test_the_manifest_says_what_the_files_hold(vectors: tuple[Path, Path]) -> None:

@@ -149,7 +149,7 @@ def _head(
             "name": folder.resolve().name,
             "model_type": model.config.model_type,
             "sha256": hash_folder(folder),
-            "layer_types": list(model.config.layer_types),
+            "layer_types": getattr(model.config, "layer_types", None),
             "slots": getattr(model.config, "slots", None),
         },
         "dtype": dtype,
