@@ -178,8 +178,8 @@ def _check_retained(body: Anatomy, slots: list[Slot], index: int) -> None:
     windows = {s.window for s in slots if s.window} | ({body.window} if "sliding" in body.kinds else set())
     if len(windows) > 1:
         raise ValueError(
-            f"slots have windows of {sorted(filter(None, windows))} tokens; all sliding slots of a model share one, the "
-            f"teacher's where it has one ({body.window})"
+            f"slots have windows of {sorted(filter(None, windows))} tokens; all sliding slots of a model share one, "
+            f"the teacher's where it has one ({body.window})"
         )
     if slots[owner].converted:
         raise ValueError(

@@ -7,8 +7,8 @@ to the defaults of the configuration classes written out. The files of Gemma 3 f
 vocabulary (262,208) than the script. Checked against the parameter counts that the Hugging Face hub states for the
 published files (Gemma 4, to the last parameter) and KerasHub's presets (Gemma 3): `tests/surgery/test_shapes.py`.
 
-Of Qwen3, Llama 3.2 and Mistral: the published config.json of the models that the aliases name, whose parameter counts the
-class has to the last one.
+Of Qwen3, Llama 3.2 and Mistral: the published config.json of the models that the aliases name, whose parameter counts
+the class has to the last one.
 
 The 12B is published as `gemma4_unified_text`: the text model of Gemma 4 without per-layer inputs and experts. Here it
 is the `gemma4_text` that computes the same.
