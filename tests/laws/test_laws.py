@@ -31,6 +31,7 @@ TEACHER = Gemma4TextConfig(
     max_position_embeddings=128,
 )
 RWKV7 = Rwkv7Options(WIDTH, heads=4, kv_heads=2, head_dim=8, decay_rank=5, iclr_rank=6, gate_rank=7)
+BIASED = replace(RWKV7, input_bias=True, output_bias=True)
 RANKS = {"value_residual_rank": 4, "key_residual_rank": 3, "value_lora_rank": 5}
 TICA = TicaOptions(WIDTH, heads=4, kv_heads=2, head_dim=8, gate_rank=5)
 
@@ -44,8 +45,8 @@ def retained(index: int, implementation: str = "sdpa"):
     return build
 
 
-def rwkv7(backend: str, index: int = 1, donor: int | None = None):
-    return lambda dtype, seed: randomise(Rwkv7(RWKV7, index, donor, backend), seed).to(dtype)
+def rwkv7(backend: str, index: int = 1, donor: int | None = None, options: Rwkv7Options = RWKV7):
+    return lambda dtype, seed: randomise(Rwkv7(options, index, donor, backend), seed).to(dtype)
 
 
 def revision(name: str, backend: str, index: int, **changes):
@@ -116,6 +117,7 @@ SUBJECTS = [
     Subject("sliding shared", retained(2), WIDTH, donor=retained(0), float32_inside=True),
     Subject("rwkv7 reference", rwkv7("reference"), WIDTH, document_state=True),
     Subject("rwkv7 chunked", rwkv7("chunked"), WIDTH, reference=rwkv7("reference"), document_state=True),
+    Subject("rwkv7 biased", rwkv7("chunked", options=BIASED), WIDTH, document_state=True),
     Subject(
         "rwkv7 shared",
         rwkv7("chunked", 2, 1),

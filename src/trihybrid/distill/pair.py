@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trihybrid.mixers.contract import Mixer, Projection
+from trihybrid.mixers.contract import HeadNorm, Mixer, Projection
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.decoder.model import Stream
 
@@ -46,8 +46,8 @@ class Pair(nn.Module):
         train: patterns (with *) of the student's parameter names that train; all others are frozen.
 
     Raises:
-        ValueError: patterns that match nothing; parts that may not train; a teacher whose retained tensors are not the
-            student's.
+        ValueError: patterns that match nothing; parts that may not train, or not in this dtype; a teacher whose
+            retained tensors are not the student's.
     """
 
     def __init__(self, student: HybridForCausalLM, teacher: PreTrainedModel, train: Sequence[str]) -> None:
@@ -85,10 +85,15 @@ class Pair(nn.Module):
                     f"train: {list(train)} matches {name}; only layers may train, teacher and student share the rest"
                 )
             # A master weight: small updates vanish in bfloat16; the mixers cast it where they use it.
-            if parameter.dtype != torch.float64:
+            narrow = parameter.dtype not in (torch.float32, torch.float64)
+            if not _cast_in_forward(self.student, name) and narrow:
+                raise ValueError(
+                    f"train: {list(train)} matches {name}, which has no float32 master weight in a {parameter.dtype} "
+                    "model; leave experts and routers out, or load the models in float32"
+                )
+            if narrow:
                 parameter.data = parameter.data.float()
             chosen[name] = parameter
-            _cast_in_forward(self.student, name)
         if not chosen:
             raise ValueError(f"train: {list(train)} matches no parameter of the student")
         return chosen
@@ -146,9 +151,9 @@ def _borrow(layer: nn.Module, owner: nn.Module, prefix: str, trained: dict[str, 
     return kept
 
 
-def _cast_in_forward(student: nn.Module, name: str) -> None:
+def _cast_in_forward(student: nn.Module, name: str) -> bool:
     """Let transformers' own projection or norm that holds the parameter `name` cast its master weight, as our mixers
-    do."""
+    do; whether what holds it does."""
     path = name.rpartition(".")[0]
     module = student.get_submodule(path)
     if type(module) is nn.Linear:
@@ -157,10 +162,13 @@ def _cast_in_forward(student: nn.Module, name: str) -> None:
         casting.weight, casting.bias = module.weight, module.bias
         owner, _, leaf = path.rpartition(".")
         setattr(student.get_submodule(owner), leaf, casting)
-    hooks = module._forward_hooks.values()
-    if type(module).__name__.endswith("RMSNorm") and _in_the_inputs_dtype not in hooks:
+        return True
+    if type(module).__name__.endswith("RMSNorm"):
         # Llama's norms answer in the dtype of their weight, Gemma's in that of their input.
-        module.register_forward_hook(_in_the_inputs_dtype)
+        if _in_the_inputs_dtype not in module._forward_hooks.values():
+            module.register_forward_hook(_in_the_inputs_dtype)
+        return True
+    return isinstance(module, Mixer | Projection | HeadNorm)
 
 
 def _in_the_inputs_dtype(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -49,12 +49,25 @@ def test_a_run_lends_its_figures_to_its_own_weights_alone(micro_run: Path, tmp_p
     assert f"| KL to the teacher, nats a token | {rows['matched']['kl']:.4f} |" in text
     record = json.loads((micro_run / "lineage.json").read_text())["records"][-1]
     assert record["output"] in text and "align" in text
-    assert f"made from {json.loads((micro_run / 'plan.json').read_text())['teacher']}" in text
+    teacher = json.loads((micro_run / "matched" / "plan.json").read_text())["teacher"]
+    assert f"made from {Path(teacher).name}:" in text
     run = shutil.copytree(micro_run, tmp_path / "run")
     weights = load_file(run / "matched" / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] + 1
     save_file(weights, run / "matched" / "model.safetensors", {"format": "pt"})
     assert "Nothing was measured" in card(run / "matched")
+
+
+def test_a_card_names_no_path_of_this_machine(student: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(student, tmp_path / "copy"))
+    for teacher, shown in (
+        ("/home/me/secret/gemma", "gemma"),
+        ("google/gemma-4-E2B-it", "google/gemma-4-E2B-it"),
+    ):
+        (folder / "plan.json").write_text(json.dumps({"teacher": teacher, "warnings": ["one two"]}))
+        text = card(folder)
+        assert f"made from {shown}:" in text and "secret" not in text
+        assert "\n- One two.\n" in text
 
 
 def test_the_example_in_a_card_is_python(student: Path) -> None:

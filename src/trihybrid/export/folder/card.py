@@ -4,6 +4,7 @@ Every number is computed from the configuration, or read from a run whose lineag
 """
 
 import json
+import re
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def model_card(student: Path, config: HybridConfig, title: str) -> str:
     before, after = account(base, None, contexts), account(base, config, contexts)
     plan = _plan(student)
     converted = sum(slot.converted for slot in slots)
-    teacher, notes = ("", []) if plan is None else (f", made from {plan['teacher']}", plan["warnings"])
+    teacher, notes = ("", []) if plan is None else (f", made from {_teacher_name(plan)}", plan["warnings"])
     lines = [
         FRONT + f"# {title}",
         "",
@@ -109,6 +110,12 @@ def _origin(student: Path) -> str:
         return ""
     report = json.loads(path.read_text(encoding="utf-8"))
     return f" Read from {report['source']}, revision {report['revision']}."
+
+
+def _teacher_name(plan: dict[str, Any]) -> str:
+    """The hub's name, or a shape's, or the last part of a path: where a folder lay says nothing to others."""
+    name = plan["teacher"]
+    return name if re.fullmatch(r"[\w-]+(/[\w.-]+)?", name) else Path(name).name
 
 
 def _layers(after: dict[str, Any]) -> list[str]:

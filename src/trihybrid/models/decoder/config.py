@@ -176,12 +176,12 @@ def _check_retained(body: Anatomy, slots: list[Slot], index: int) -> None:
             f'slot {index} is "sliding", the teacher\'s layer is "full", and its window is {slot.window!r}; give it '
             "one in tokens, at least 1, as {mixer: sliding, window: 1024}"
         )
-    # transformers' masks and caches know one window for all layers.
-    windows = {n for s in slots if s.mixers == ("sliding",) and (n := s.window or body.window) is not None}
+    # transformers' masks and caches know one window for all layers, and so do the teacher's beside the student's.
+    windows = {s.window for s in slots if s.window} | ({body.window} if "sliding" in body.kinds else set())
     if len(windows) > 1:
         raise ValueError(
-            f"slots have windows of {sorted(windows)} tokens; all sliding slots of a model share one, and the "
-            f"teacher's is {body.window}"
+            f"slots have windows of {sorted(filter(None, windows))} tokens; all sliding slots of a model share one, "
+            f"the teacher's where it has one ({body.window})"
         )
     if slots[owner].converted:
         raise ValueError(
