@@ -55,6 +55,7 @@ class Layer:
         left: published name -> why it is not read.
         notes: what a reader should know.
         faults: what does not fit.
+        misfits: our name -> the published names that were found for it, none of a shape that fits.
     """
 
     rwkv7: dict[str, Any] = field(default_factory=dict)
@@ -63,6 +64,7 @@ class Layer:
     left: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    misfits: dict[str, list[str]] = field(default_factory=dict)
 
 
 def recurrent(names: Iterable[str]) -> bool:
@@ -203,6 +205,7 @@ def _match(layer: Layer, found: Mapping[str, Shape], ours: str, wanted: Shape, s
             layer.sources[ours] = Source((name,), change)
             return
     if there:
+        layer.misfits[ours] = there
         shapes = ", ".join(f"{name} {list(found[name])}" for name in there)
         layer.faults.append(f"{ours}: wanted {list(wanted)}, found {shapes}")
 
@@ -225,12 +228,12 @@ def _change(ours: str, name: str, found: Shape, wanted: Shape) -> Change | None:
 def _match_by_shape(layer: Layer, found: Mapping[str, Shape], mixers: list[Mixer]) -> None:
     """What no spelling found: the one tensor left of its shape, where no other wanted tensor has that shape."""
     used = {name for source in layer.sources.values() for name in source.names}
-    faulted = {fault.partition(":")[0] for fault in layer.faults}
+    settled = {*layer.sources, *layer.misfits}
     open_shapes = {
         f"{mixer.kind}.{name}": tuple(tensor.shape)
         for mixer in mixers
         for name, tensor in mixer.state_dict().items()
-        if f"{mixer.kind}.{name}" not in layer.sources and f"{mixer.kind}.{name}" not in faulted
+        if f"{mixer.kind}.{name}" not in settled
     }
     rest = {name: shape for name, shape in found.items() if name not in used and name not in METADATA}
     for ours, shape in open_shapes.items():
@@ -245,6 +248,7 @@ def _match_by_shape(layer: Layer, found: Mapping[str, Shape], mixers: list[Mixer
 
 def _explain_the_rest(layer: Layer, found: Mapping[str, Shape], published: Published, first: bool) -> None:
     used = {name for source in layer.sources.values() for name in source.names}
+    used |= {name for names in layer.misfits.values() for name in names}
     for name in found:
         stem = name.removesuffix(".weight").removesuffix(".bias")
         if name in used:
@@ -257,7 +261,7 @@ def _explain_the_rest(layer: Layer, found: Mapping[str, Shape], published: Publi
             layer.left[name] = "the first recurrent layer mixes nothing in"
         elif stem in ("k1", "k2") and published.revision.name in ("hxa07b", "hxa07c"):
             layer.left[name] = f"declared and not used by {published.revision.name}"
-        elif not layer.faults or name not in " ".join(layer.faults):
+        else:
             layer.faults.append(f"{name} {list(found[name])} belongs to nothing in {published.revision.name}")
 
 
