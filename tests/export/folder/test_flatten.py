@@ -81,6 +81,25 @@ def test_the_stand_in_is_the_kernels_own_interface() -> None:
         assert kernels.takes(*call) == triton.takes(*call)
 
 
+def test_an_installed_kernel_gets_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside a folder's own `wkv7`: with the kernels there, its backend is the installed function, arguments as given."""
+    import torch
+
+    from trihybrid.export.folder import kernels
+    from trihybrid.ops.wkv7 import triton
+
+    def installed(r, log_w, k, v, a, b, state=None, reset=None):
+        return (r, log_w, k, v, a, b, state, reset), "the installed one"
+
+    monkeypatch.setattr(triton, "wkv7_triton", installed)
+    tensors = tuple(torch.full((1, 2, 1, 2), float(place)) for place in range(6))
+    state, reset = torch.ones(1, 1, 2, 2), torch.zeros(1, 2, dtype=torch.bool)
+    given, answer = kernels.wkv7_triton(*tensors, state, reset)
+    assert answer == "the installed one" and all(
+        x is y for x, y in zip(given, (*tensors, state, reset), strict=True)
+    )
+
+
 def test_an_installed_trihybrid_without_such_kernels_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
