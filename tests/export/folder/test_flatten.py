@@ -82,7 +82,7 @@ def test_the_stand_in_is_the_kernels_own_interface() -> None:
 
 
 def test_an_installed_kernel_gets_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inside a folder's own `wkv7`: with the kernels there, its backend is the installed function, arguments as given."""
+    """With trihybrid there, the stand-in's function is the installed one, arguments as given."""
     import torch
 
     from trihybrid.export.folder import kernels

@@ -99,7 +99,10 @@ def test_what_training_left_in_a_recurrent_layer_is_not_read(tmp_path: Path) -> 
         f"{layer}{name}.weight": torch.randn(4, 4)
         for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm")
     }
-    kept |= {f"{layer}layer_architecture": torch.zeros(1), f"{layer}head_size_record": torch.full((1,), 6.0)}
+    kept |= {
+        f"{layer}layer_architecture": torch.zeros(1, dtype=torch.int64),
+        f"{layer}head_size_record": torch.full((1,), 6.0),
+    }
     source = published_checkpoint.write(tmp_path / "in", fields, tensors | kept)
     import_folder(source, tmp_path / "out")
     left = json.loads((tmp_path / "out" / "import.json").read_text())["left"]
@@ -170,6 +173,39 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(
         import_folder(source, tmp_path / "out")
     assert message in str(refusal.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "listed", "message"),
+    [
+        (
+            lambda t: {n: v for n, v in t.items() if not ("layers.5." in n and "tiny_" in n)},
+            [2, 5, 8],
+            "layer 5: tiny_attention_layers lists it, but it has no tensors of TICA",
+        ),
+        (lambda t: t, [2, 5], "layer 8: has tensors of TICA, but tiny_attention_layers does not list it"),
+        (
+            drop("5.self_attn.tiny_o_proj.weight"),
+            [2, 5, 8],
+            "layer 5: tica.o_proj.weight: wanted [32, 32], not found",
+        ),
+    ],
+)
+def test_tica_stands_where_it_is_said_to(
+    damage: Callable[[Tensors], Tensors], listed: list[int], message: str, tmp_path: Path
+) -> None:
+    fields, tensors = published_checkpoint.gemma4(tiny_attention_layers=listed)
+    source = published_checkpoint.write(tmp_path / "in", fields, damage(tensors))
+    with pytest.raises(ValueError) as refusal:
+        import_folder(source, tmp_path / "out")
+    assert message in str(refusal.value)
+
+
+def test_mixed_dtypes_are_noted(tmp_path: Path) -> None:
+    fields, tensors = published_checkpoint.qwen3("hxa07a")
+    tensors = {n: t if n.endswith("w0") else t.bfloat16() for n, t in tensors.items()}
+    taken = import_folder(published_checkpoint.write(tmp_path / "in", fields, tensors), tmp_path / "out")
+    assert taken.notes[0].startswith("weights are stored in BF16, F32; transformers loads all in one of them")
 
 
 def test_a_square_matrix_of_a_linear_layer_could_be_either_way_round(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ class Published:
         base: the teacher's own fields.
         rope_base: of the positions of r and k; None where they have none.
         attention_layers: layers that stayed attention, where the configuration lists them.
+        tica_layers: layers with TICA, where the configuration lists them.
         head_dim: channels of a recurrence's head, where the configuration gives them.
         qk_norm: whether r and k are normed, where the configuration says so.
         nope: whether attention layers that stayed have no positions.
@@ -55,6 +56,7 @@ class Published:
     base: dict[str, Any]
     rope_base: float | None
     attention_layers: frozenset[int] | None
+    tica_layers: frozenset[int] | None
     head_dim: int | None
     qk_norm: bool | None
     nope: bool
@@ -81,13 +83,14 @@ def identify(config: dict[str, Any], revision: str | None = None) -> Published:
     teacher = _teacher(said, fields, found)
     if fields.get("use_rope_in_tiny_attn"):
         raise ValueError("use_rope_in_tiny_attn is true; TICA has no positions in any revision that is known")
-    layers = fields.get("transformer_layers")
+    layers, tiny = fields.get("transformer_layers"), fields.get("tiny_attention_layers")
     return Published(
         revision=found,
         teacher=teacher,
         base={k: v for k, v in fields.items() if k not in OWN and not k.startswith(OWN_PREFIXES)},
         rope_base=_rope_base(fields, found),
         attention_layers=frozenset(layers) if teacher != "gemma4_text" and layers is not None else None,
+        tica_layers=None if tiny is None else frozenset(tiny),
         head_dim=None if teacher == "gemma4_text" else fields.get("head_dim"),
         qk_norm=fields.get("enable_qk_norm"),
         nope=bool(fields.get("nope_in_transformer", teacher != "gemma4_text")),

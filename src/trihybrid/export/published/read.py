@@ -80,7 +80,7 @@ def read_published(folder: Path, fields: dict[str, Any], revision: str | None = 
     _check_layout(folder, published, list(shapes), converted)
     mixers = _mixers(shapes, published, hidden, converted)
     faults = [f"layer {i}: {fault}" for i, layer in mixers.items() for fault in layer.faults]
-    faults += _disagreements(mixers)
+    faults += _disagreements(mixers) + _wrong_tica(published, mixers)
     if faults:
         raise _report(folder, published.revision, faults)
     config = _config(published, mixers)
@@ -89,6 +89,11 @@ def read_published(folder: Path, fields: dict[str, Any], revision: str | None = 
     _place(reading, names, mixers, faults)
     if faults:
         raise _report(folder, published.revision, faults)
+    dtypes = {stored[name].dtype for source in reading.sources.values() for name in source.names}
+    if len(dtypes) > 1:
+        reading.notes.append(
+            f"weights are stored in {', '.join(sorted(dtypes))}; transformers loads all in one of them"
+        )
     return reading
 
 
@@ -171,6 +176,21 @@ def _disagreements(mixers: Mapping[int, Layer]) -> list[str]:
                         f"layer {i}: {kind}.{name} is {value}, layer {first} has {seen[first].get(name)}"
                     )
     return lines
+
+
+def _wrong_tica(published: Published, mixers: Mapping[int, Layer]) -> list[str]:
+    """Layers that should have TICA and do not, and the other way round."""
+    if published.tica_layers is None:
+        return []
+    found = {i for i, layer in mixers.items() if layer.tica is not None or layer.faults}
+    return [
+        f"layer {i}: tiny_attention_layers lists it, but it has no tensors of TICA"
+        for i in sorted(published.tica_layers - found)
+    ] + [
+        f"layer {i}: has tensors of TICA, but tiny_attention_layers does not list it"
+        for i in sorted(found - published.tica_layers)
+        if mixers[i].tica is not None
+    ]
 
 
 def _config(published: Published, mixers: Mapping[int, Layer]) -> HybridConfig:

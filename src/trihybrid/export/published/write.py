@@ -46,9 +46,8 @@ def write_published(source: Path, reading: Reading, out: Path, shard_bytes: int 
     Raises:
         ValueError: weights in a format other than float; a tied head that differs from its embedding.
     """
-    strange = sorted(
-        f"{name} ({tensor.dtype})" for name, tensor in reading.stored.items() if tensor.dtype not in BYTES
-    )
+    read = {name for place in reading.sources.values() for name in place.names}
+    strange = sorted(f"{n} ({reading.stored[n].dtype})" for n in read if reading.stored[n].dtype not in BYTES)
     if strange:
         raise ValueError(
             f"{source}: {len(strange)} tensors are no floats, first {strange[0]}; give unquantised weights"
