@@ -8,6 +8,7 @@ After a change that is meant to change plans, renew the files, and read the diff
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,33 @@ def test_a_recipe_of_another_family_does_what_its_comment_says(name: str) -> Non
     notes = [line for line in plan["warnings"] if "keep their weights and see 1,024 tokens" in line]
     assert len(notes) == (1 if narrowed else 0)
     assert narrowed == ([] if name == "qwen3-hybrid" else list(range(0, 16, 2)))
+
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "teachers.md").read_text()
+ROWS = re.findall(r"^\| `([a-z0-9.-]+)` \|(.*)\|$", DOCUMENT, re.MULTILINE)
+PRINTED = [
+    (name, re.findall(r"[0-9][0-9,]*", cells)) for name, cells in ROWS if "," in cells.partition("|")[2]
+]
+
+
+@pytest.mark.parametrize(("name", "numbers"), [row for row in PRINTED if row[0] in {*OTHERS, *shape_names()}])
+def test_the_document_says_what_the_plan_says(name: str, numbers: list[str]) -> None:
+    plan = plan_recipe(name) if name in OTHERS else make_plan(load_shape(name), SurgerySection(), name)
+    after, growing = plan["after"], "global_kv_bytes_per_token"
+    if name in OTHERS:
+        expected = [
+            after[key] for key in ("parameters", growing, "recurrent_state_bytes", "sliding_cache_bytes")
+        ]
+        numbers = numbers[-4:]
+    else:
+        before = plan["before"]
+        expected = [before["parameters"], before[growing], after[growing], after["recurrent_state_bytes"]]
+    assert [int(number.replace(",", "")) for number in numbers] == expected
+
+
+def test_the_document_has_every_shape_and_recipe_of_another_family() -> None:
+    others = {name for name in shape_names() if not name.startswith("gemma")}
+    assert others | {*OTHERS, "gemma-3-4b"} <= {name for name, _ in PRINTED}
 
 
 def test_kept_layers_cost_what_they_cost_the_teacher() -> None:
