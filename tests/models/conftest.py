@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from random_weights import randomise
-from trihybrid.models.gemma4 import TrihybridGemma4Config, TrihybridGemma4ForCausalLM, register
+from trihybrid.models.families import register
+from trihybrid.models.gemma4 import TrihybridGemma4Config, TrihybridGemma4ForCausalLM
 
 register()
 

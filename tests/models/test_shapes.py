@@ -15,12 +15,19 @@ from trihybrid.models.shapes import ALIASES, load_shape, shape_names
 def test_every_shape_loads() -> None:
     gemma3 = [f"gemma-3-{size}" for size in ("12b", "1b", "27b", "4b")]
     gemma4 = [f"gemma-4-{size}" for size in ("12b", "26b-a4b", "31b", "e2b", "e4b")]
-    assert shape_names() == gemma3 + gemma4
-    assert [load_shape(name).model_type for name in gemma3 + gemma4] == ["gemma3_text"] * 4 + [
+    others = {
+        "llama-3.2-1b": "llama",
+        "mistral-7b-v0.3": "mistral",
+        "qwen3-1.7b": "qwen3",
+        "qwen3-8b": "qwen3",
+    }
+    assert shape_names() == gemma3 + gemma4 + sorted(others)
+    assert [load_shape(name).model_type for name in shape_names()] == ["gemma3_text"] * 4 + [
         "gemma4_text"
-    ] * 5
+    ] * 5 + list(others.values())
     assert {*ALIASES.values()} == {*shape_names()}
     assert ALIASES["google/gemma-4-26B-A4B-it"] == "gemma-4-26b-a4b"
+    assert ALIASES["meta-llama/Llama-3.2-1B-Instruct"] == "llama-3.2-1b"
 
 
 @pytest.mark.parametrize("alias", sorted(ALIASES))
@@ -118,6 +125,31 @@ def test_gemma_3_has_one_kind_of_head(
     # Unlike in Gemma 4, the last layer may be a sliding one.
     assert anatomy(base).kinds[-1] == ("full" if layers % 6 == 0 else "sliding")
     assert anatomy(base).owners[layers - 1] == layers - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "width", "inner", "heads", "groups", "channels", "vocabulary", "tied"),
+    [
+        ("llama-3.2-1b", 16, 2048, 8192, 32, 8, 64, 128_256, True),
+        ("mistral-7b-v0.3", 32, 4096, 14_336, 32, 8, 128, 32_768, False),
+        ("qwen3-1.7b", 28, 2048, 6144, 16, 8, 128, 151_936, True),
+        ("qwen3-8b", 36, 4096, 12_288, 32, 8, 128, 151_936, False),
+    ],
+)
+def test_shapes_of_other_families(
+    name, layers, width, inner, heads, groups, channels, vocabulary, tied
+) -> None:
+    base = load_shape(name)
+    assert (base.num_hidden_layers, base.hidden_size, base.intermediate_size) == (layers, width, inner)
+    assert (base.vocab_size, base.tie_word_embeddings) == (vocabulary, tied)
+    body = anatomy(base)
+    assert body.kinds == ["full"] * layers and body.window is None
+    assert {attention.sizes for attention in body.attentions} == {(heads, groups, channels)}
+    assert not body.input_bias and not body.output_bias
+    theta = {"llama": 5e5, "mistral": 1e6, "qwen3": 1e6}[base.model_type]
+    assert base.rope_parameters["rope_theta"] == theta
+    if name == "llama-3.2-1b":
+        assert base.rope_parameters["rope_type"] == "llama3" and base.rope_parameters["factor"] == 32.0
 
 
 @torch.no_grad()

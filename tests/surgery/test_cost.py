@@ -88,6 +88,20 @@ def live_bytes(cache: DynamicCache) -> dict[str, int]:
     return found
 
 
+def decode_one(model, context: int) -> tuple[int, DynamicCache]:
+    """Products of the token that follows `context` - 1 others, two FLOPs each, and the cache. Without the angles of the
+    rotary tables, which older versions of transformers compute as a matrix product of one column and one row."""
+    cache = DynamicCache(config=model.config)
+    tokens = torch.randint(3, 97, (1, context))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        if context > 1:
+            model(tokens[:, :-1], **{CACHE: cache}, use_cache=True)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens[:, -1:], **{CACHE: cache}, use_cache=True)
+    counts = {part.rpartition(".")[2]: sum(f.values()) for part, f in counter.get_flop_counts().items()}
+    return counter.get_total_flops() - counts.get("rotary_emb", 0), cache
+
+
 @pytest.mark.parametrize("shape", ["shared", "unshared", "keys_are_values"])
 @pytest.mark.parametrize("name", ["teacher", *SECTIONS])
 def test_bytes_are_those_of_the_live_cache(make_base, make_section, name, shape) -> None:
@@ -113,8 +127,7 @@ def test_bytes_are_those_of_the_live_cache(make_base, make_section, name, shape)
     ],
 )
 def test_flops_are_those_counted_for_one_decoded_token(make_base, make_section, name, shape) -> None:
-    """Before, at and past the border of the window of 8. Without the angles of the rotary tables, which older versions
-    of transformers compute as a matrix product of one column and one row."""
+    """Before, at and past the border of the window of 8."""
     base = make_base(**BASES[shape])
     config = None if name == "teacher" else student_config(base, make_section(**SECTIONS[name]))
     contexts = [1, 5, 8, 30]
@@ -124,17 +137,7 @@ def test_flops_are_those_counted_for_one_decoded_token(make_base, make_section, 
     if shape == "experts":
         model.set_experts_implementation("eager")
     for context in contexts:
-        cache = DynamicCache(config=model.config)
-        tokens = torch.randint(3, 97, (1, context))
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            if context > 1:
-                model(tokens[:, :-1], **{CACHE: cache}, use_cache=True)
-            with FlopCounterMode(display=False) as counter:
-                model(tokens[:, -1:], **{CACHE: cache}, use_cache=True)
-        counts = {
-            name.rpartition(".")[2]: sum(flops.values()) for name, flops in counter.get_flop_counts().items()
-        }
-        counted = counter.get_total_flops() - counts.get("rotary_emb", 0)
+        counted, _ = decode_one(model, context)
         assert counted == costs["flops_per_token"][str(context)], context
 
 
@@ -202,16 +205,7 @@ def test_other_families_cost_what_they_hold_store_and_multiply(make_section, nam
     if name == "qwen3-experts":
         model.set_experts_implementation("eager")
     for context in contexts:
-        cache = DynamicCache(config=model.config)
-        tokens = torch.randint(3, 97, (1, context))
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            model(tokens[:, :-1], **{CACHE: cache}, use_cache=True)
-            with FlopCounterMode(display=False) as counter:
-                model(tokens[:, -1:], **{CACHE: cache}, use_cache=True)
-        counts = {
-            part.rpartition(".")[2]: sum(flops.values()) for part, flops in counter.get_flop_counts().items()
-        }
-        counted = counter.get_total_flops() - counts.get("rotary_emb", 0)
+        counted, cache = decode_one(model, context)
         assert counted == costs["flops_per_token"][str(context)], context
     live = live_bytes(cache)
     # Float32: twice the bytes of bfloat16.

@@ -26,6 +26,13 @@ KERAS = {
     "gemma-3-12b": 11_765_788_416,
     "gemma-3-27b": 27_009_002_240,
 }
+# Name -> parameters of the published file (the hub's count); Qwen3-1.7B's holds its tied head a second time.
+OTHERS = {
+    "llama-3.2-1b": 1_235_814_400,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "qwen3-1.7b": 2_031_739_904 - 151_936 * 2048,
+    "qwen3-8b": 8_190_735_360,
+}
 # Parameters of the text model, parameters that a token uses, bytes of keys and values a token (before and after the
 # plan without options), bytes of sliding windows, score FLOPs a pair before.
 SIZES = {
@@ -67,6 +74,19 @@ def test_gemma_3_has_64_rows_more_than_the_preset(accounts, name) -> None:
     more = base.vocab_size - 262_144
     assert more == (0 if name == "gemma-3-1b" else 64)
     assert accounts[name]["parameters"] == KERAS[name] + more * base.hidden_size
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_parameters_of_other_families(accounts, name) -> None:
+    """Published, and by hand: projections, MLP of three matrices, two norms and, in Qwen3, two of a head."""
+    base = load_shape(name)
+    heads, groups, channels = anatomy(base).template.sizes
+    norms = 2 * base.hidden_size + (2 * channels if base.model_type == "qwen3" else 0)
+    layer = base.hidden_size * (2 * (heads + groups) * channels + 3 * base.intermediate_size) + norms
+    tables = base.vocab_size * base.hidden_size * (1 if base.tie_word_embeddings else 2)
+    whole = base.num_hidden_layers * layer + tables + base.hidden_size
+    assert accounts[name]["parameters"] == whole == OTHERS[name]
+    assert accounts[name]["global_kv_bytes_per_token"] == base.num_hidden_layers * 2 * groups * channels * 2
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -194,6 +214,19 @@ def test_heads_of_which_all_channels_turn_keep_their_pairs_whole() -> None:
     plain = blueprint(base, SurgerySection(heads="plain")).rwkv7_options()
     assert (wide.heads, wide.kv_heads) == (8, 4)
     assert (plain.heads, plain.kv_heads) == (16, 8)
+
+
+def test_the_hash_tells_families_and_their_parts_apart() -> None:
+    base = load_shape("llama-3.2-1b")
+    for name, value in (("attention_bias", True), ("tie_word_embeddings", False), ("hidden_act", "gelu")):
+        other = load_shape("llama-3.2-1b")
+        setattr(other, name, value)
+        assert config_hash(other) != config_hash(base), name
+    fields = base.to_dict() | {"model_type": "mistral"}
+    assert config_hash(type(load_shape("mistral-7b-v0.3")).from_dict(fields)) != config_hash(base)
+    wide, other = load_shape("qwen3-8b"), load_shape("qwen3-8b")
+    other.max_position_embeddings *= 2
+    assert config_hash(wide) == config_hash(other)
 
 
 def test_the_hash_knows_experts_and_the_scale_of_scores() -> None:

@@ -18,7 +18,7 @@ Sources: the modelling files of transformers. Legend: D channels of a head.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from trihybrid.models.shapes import TeacherConfig
@@ -178,53 +178,24 @@ def _gemma3(base: TeacherConfig) -> Anatomy:
 
 
 def _llama(base: TeacherConfig) -> Anatomy:
-    return Anatomy(
-        attentions=_uniform(base, ["full"] * base.num_hidden_layers),
-        window=None,
-        score_scale=_width(base) ** -0.5,
-        input_bias=base.attention_bias,
-        output_bias=base.attention_bias,
-    )
+    return _plain(base, ["full"] * base.num_hidden_layers)
 
 
 def _mistral(base: TeacherConfig) -> Anatomy:
-    return Anatomy(
-        attentions=_uniform(base, _all_or_none(base)),
-        window=base.sliding_window,
-        score_scale=_width(base) ** -0.5,
-    )
+    return _plain(base, _all_or_none(base))
 
 
 def _qwen2(base: TeacherConfig) -> Anatomy:
-    return Anatomy(
-        attentions=_uniform(base, _kinds(base.layer_types)),
-        window=base.sliding_window,
-        score_scale=_width(base) ** -0.5,
-        input_bias=True,
-    )
+    return replace(_plain(base, _kinds(base.layer_types)), input_bias=True)
 
 
 def _qwen3(base: TeacherConfig) -> Anatomy:
-    return Anatomy(
-        attentions=_uniform(base, _kinds(base.layer_types)),
-        window=base.sliding_window,
-        score_scale=_width(base) ** -0.5,
-        norm="weight",
-        input_bias=base.attention_bias,
-        output_bias=base.attention_bias,
-    )
+    return replace(_plain(base, _kinds(base.layer_types)), norm="weight")
 
 
 def _qwen3_moe(base: TeacherConfig) -> Anatomy:
-    return Anatomy(
-        attentions=_uniform(base, _all_or_none(base)),
-        window=base.sliding_window,
-        score_scale=_width(base) ** -0.5,
-        norm="weight",
-        input_bias=base.attention_bias,
-        output_bias=base.attention_bias,
-        experts=(base.num_experts, base.num_experts_per_tok),
-    )
+    experts = base.num_experts, base.num_experts_per_tok
+    return replace(_plain(base, _all_or_none(base)), norm="weight", experts=experts)
 
 
 _FAMILIES: dict[str, Callable[[TeacherConfig], Anatomy]] = {
@@ -247,6 +218,18 @@ def _kinds(layer_types: Sequence[str]) -> list[str]:
 
 def _all_or_none(base: TeacherConfig) -> list[str]:
     return ["full" if base.sliding_window is None else "sliding"] * base.num_hidden_layers
+
+
+def _plain(base: TeacherConfig, kinds: list[str]) -> Anatomy:
+    """Attention as Llama has it."""
+    biased = getattr(base, "attention_bias", False)
+    return Anatomy(
+        attentions=_uniform(base, kinds),
+        window=base.sliding_window if "sliding" in kinds else None,
+        score_scale=_width(base) ** -0.5,
+        input_bias=biased,
+        output_bias=biased,
+    )
 
 
 def _width(base: TeacherConfig) -> int:

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma4ForCausalLM,
     LlamaForCausalLM,
@@ -21,7 +24,7 @@ from trihybrid.models.decoder.families import (
     TrihybridQwen3ForCausalLM,
     TrihybridQwen3MoeForCausalLM,
 )
-from trihybrid.models.decoder.language_model import HybridForCausalLM, register_family
+from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
 from trihybrid.models.shapes import TeacherConfig
 
@@ -86,4 +89,7 @@ def family_of_student(model_type: str) -> Family:
 def register() -> None:
     """Make transformers' Auto classes know the students of every family; safe to call again."""
     for family in FAMILIES:
-        register_family(family.student)
+        config = family.student.config_class
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, family.student.decoder, exist_ok=True)
+        AutoModelForCausalLM.register(config, family.student, exist_ok=True)

@@ -8,7 +8,7 @@ Legend: B batch, T tokens, V vocabulary.
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -79,11 +79,3 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         """Keep the 2-D mask: generate would turn it into 4-D masks for preallocated caches, and a recurrence cannot
         read those. The model builds the 4-D masks of its retained layers itself."""
         return attention_mask
-
-
-def register_family(language_model: type[HybridForCausalLM]) -> None:
-    """Make transformers' Auto classes know a family's configuration, decoder and language model; safe to call again."""
-    config = language_model.config_class
-    AutoConfig.register(config.model_type, config, exist_ok=True)
-    AutoModel.register(config, language_model.decoder, exist_ok=True)
-    AutoModelForCausalLM.register(config, language_model, exist_ok=True)
