@@ -19,6 +19,7 @@ register()
 VOCABULARY = 97
 # Layers 4 and 5 read the keys and values of 2 (sliding) and 3 (full).
 SLIDING, FULL = {"mixers": ["sliding"]}, {"mixers": ["full"]}
+WINDOWED = {"mixers": ["sliding"], "window": 8}
 BOTH, RECURRENT, TICA = {"mixers": ["rwkv7", "tica"]}, {"mixers": ["rwkv7"]}, {"mixers": ["tica"]}
 TICA_SHARED = {"mixers": ["rwkv7", "tica"], "donors": {"tica": 1}}
 RWKV7_SHARED = {"mixers": ["rwkv7", "tica"], "donors": {"rwkv7": 3}}
@@ -33,9 +34,11 @@ LAYOUTS = {
     "partial": [SLIDING, BOTH, SLIDING, FULL, SLIDING, FULL],
     "tica_alone": [SLIDING, TICA, SLIDING, TICA_ALONE_SHARED, SLIDING, RECURRENT],
     "recurrence_first": [RECURRENT, RECURRENT, SLIDING, FULL, SLIDING, FULL],
+    # Global layers that see a window; the last reads the keys and values of the one before.
+    "windowed": [SLIDING, BOTH, SLIDING, WINDOWED, SLIDING, WINDOWED],
 }
 # One of each way in which transformers' cache sees a converted slot, for the slow tests.
-TYPICAL = ["tica_everywhere", "rwkv7_only", "tica_shared", "tica_alone", "recurrence_first"]
+TYPICAL = ["tica_everywhere", "rwkv7_only", "tica_shared", "tica_alone", "recurrence_first", "windowed"]
 
 
 def make_teacher_config(**changes: Any) -> Gemma4TextConfig:

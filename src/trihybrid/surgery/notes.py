@@ -57,7 +57,7 @@ def _cache_notes(
             "the teacher shares them between layers, the student does not; share TICA's as the teacher does, or use "
             "fewer TICA slots"
             if body.first_sharing_layer < len(slots)
-            else "TICA's stand where the teacher had a window; use fewer TICA slots"
+            else "TICA stores more in its slots than the teacher did; use fewer TICA slots, or smaller ones"
         )
         return [
             f"keys and values that grow with context rise from {kv_before:,} to {kv_after:,} bytes a token: {why}"
