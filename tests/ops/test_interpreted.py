@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from interpreted import MARKS
-from trihybrid.ops.attention import block_attention
+from trihybrid.ops.block_attention import block_attention
 from trihybrid.testing.compare import relative_error
 
 pytestmark = MARKS

@@ -91,7 +91,7 @@ def test_the_log_holds_every_step_once(micro: ModuleType, micro_run: Path) -> No
     [
         (["stages.1.loop.sequence_length=100000"], "fewer than batch_size 2"),
         (["teacher.pretrain.loop.batch_size=5000"], "fewer than batch_size 5000"),
-        (["teacher.pretrain.shape.sliding_window=400"], "no answer lies beyond the teacher's window of 400"),
+        (["teacher.pretrain.shape.sliding_window=400"], "no answer lies beyond the window of 400"),
         (["data.tokenizer=nowhere"], "tokenizer nowhere does not exist"),
         (["surgery.pattern=SR"], 'pattern "SR" has 2 slots, the model has 3 layers'),
         (["surgery.legend={S: sliding, R: mamba}"], "mamba"),

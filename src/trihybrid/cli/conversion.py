@@ -117,7 +117,7 @@ def plan(
 
 @app.command()
 def convert(
-    teacher: Annotated[Path, typer.Argument(help="Folder of a Gemma-4 text model.")],
+    teacher: Annotated[Path, typer.Argument(help="Folder of a text model: Gemma, Llama, Mistral or Qwen.")],
     out: Annotated[Path, typer.Argument(help="Folder for the student; it must not exist yet.")],
     plan_file: Annotated[
         Path | None, typer.Option("--plan", help="A plan saved by `trihybrid plan --save`.")

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trihybrid.mixers.contract import Cost, Mixer, Projection, Shared, Write, squared
+from trihybrid.mixers.contract import Cost, Mixer, Projection, Shared, Write
 from trihybrid.mixers.span import Span
+from trihybrid.mixers.squared import squared
 from trihybrid.mixers.state import ShiftState, State
 from trihybrid.ops.token_shift import last_tokens, token_shift
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Gemma4ForCausalLM, Gemma4UnifiedTextConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, Gemma4UnifiedTextConfig, PreTrainedModel
 
-from trihybrid.models.gemma4 import TrihybridGemma4Config, register
+from trihybrid.models.decoder.language_model import HybridForCausalLM
+from trihybrid.models.families import FAMILIES, register
 from trihybrid.models.shapes import CLASSES, TeacherConfig, load_shape
 
 MANIFEST = "trihybrid.json"
-TEACHER_TYPE = "gemma4_text"
 
 
 def save_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
@@ -75,11 +75,11 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrai
     """
     register()
     config = check_folder(folder)
-    known = (TEACHER_TYPE, TrihybridGemma4Config.model_type)
+    known = [family.teacher_type for family in FAMILIES] + [family.student_type for family in FAMILIES]
     if config.get("model_type") not in known:
         raise ValueError(
-            f'{folder}: model_type is "{config.get("model_type")}"; this version reads {" and ".join(known)} '
-            "(a text-only Gemma-4 and its converted students)"
+            f'{folder}: model_type is "{config.get("model_type")}"; this version reads text-only teachers and their '
+            f"converted students: {', '.join(known)}"
         )
     try:
         # Ignored there, so that the error below can name the tensors.
@@ -103,17 +103,29 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrai
     return model.eval()
 
 
-def load_teacher(folder: str | Path) -> Gemma4ForCausalLM:
-    """A teacher from a folder.
+def load_teacher(folder: str | Path) -> PreTrainedModel:
+    """A teacher of any family from a folder.
 
     Raises:
         ValueError: see `load_model`; or the folder holds a student.
     """
     model = load_model(folder)
-    if not isinstance(model, Gemma4ForCausalLM):
+    if isinstance(model, HybridForCausalLM):
         raise ValueError(
-            f"{folder}: a converted student, not a teacher; give the folder of a Gemma-4 text model"
+            f"{folder}: a converted student, not a teacher; give the folder of the model that it was made from"
         )
+    return model
+
+
+def load_student(folder: str | Path) -> HybridForCausalLM:
+    """A student of any family from a folder.
+
+    Raises:
+        ValueError: see `load_model`; or the folder holds a teacher.
+    """
+    model = load_model(folder)
+    if not isinstance(model, HybridForCausalLM):
+        raise ValueError(f"{folder}: a teacher, not a converted student; convert it first")
     return model
 
 
@@ -132,13 +144,13 @@ def load_teacher_config(name: str) -> TeacherConfig:
     fields = fields.get("text_config", fields)
     kind = fields.get("model_type")
     if kind == Gemma4UnifiedTextConfig.model_type:
-        kind = TEACHER_TYPE
+        kind = Gemma4TextConfig.model_type
         fields = Gemma4UnifiedTextConfig.from_dict(fields).to_dict()
         fields |= {"model_type": kind, "hidden_size_per_layer_input": 0, "enable_moe_block": False}
     if kind not in CLASSES:
         raise ValueError(
-            f'{folder}: model_type is "{kind}"; a teacher is "{TEACHER_TYPE}" (plans also take '
-            '"gemma4_unified_text" and "gemma3_text")'
+            f'{folder}: model_type is "{kind}"; a teacher is one of {", ".join(CLASSES)} (plans also take '
+            f"{Gemma4UnifiedTextConfig.model_type})"
         )
     return CLASSES[kind].from_dict(fields)
 

@@ -1,4 +1,4 @@
-"""What a teacher's global layers see and say on calibration tokens.
+"""What a teacher's layers see and say on calibration tokens.
 
 Legend: B batch, T time, D model width.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import Gemma4ForCausalLM
+from transformers import PreTrainedModel
 
 
 @dataclass
@@ -22,7 +22,7 @@ class LayerRecord:
 
 @torch.no_grad()
 def record_layers(
-    teacher: Gemma4ForCausalLM, tokens: Iterable[tuple[Tensor, Tensor]], layers: Iterable[int]
+    teacher: PreTrainedModel, tokens: Iterable[tuple[Tensor, Tensor]], layers: Iterable[int]
 ) -> dict[int, LayerRecord]:
     """Run the teacher over blocks of (input_ids, position_ids), both [B, T], and record the attentions of `layers`."""
     records = {index: LayerRecord([], []) for index in layers}

@@ -10,29 +10,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
 
-from trihybrid.mixers.contract import Shared, copy_into
+from trihybrid.mixers.contract import Projection, Shared, copy_into
 from trihybrid.mixers.rwkv7 import Rwkv7
 from trihybrid.mixers.span import packed
 from trihybrid.mixers.tica import Tica
+from trihybrid.models.anatomy import anatomy
 from trihybrid.models.checkpoint import save_folder
-from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
-from trihybrid.models.gemma4.config import key_value_owner
-from trihybrid.models.gemma4.slot import ConvertedSlot
+from trihybrid.models.decoder.language_model import HybridForCausalLM
+from trihybrid.models.decoder.slot import ConvertedSlot
+from trihybrid.models.families import family_of
 from trihybrid.surgery.calibrate import LayerRecord, record_layers
-from trihybrid.surgery.inherit import Heads, fold_norm, ridge_regression, rms
-from trihybrid.surgery.layout import rotary_pairs, student_config
+from trihybrid.surgery.inherit import fold_norm, ridge_regression, rms
+from trihybrid.surgery.layout import student_config, student_heads
 from trihybrid.surgery.plan import check_plan
 from trihybrid.surgery.section import SurgerySection
+from trihybrid.surgery.weights import AttentionWeights, attention_weights
 
 PLAN_FILE = "plan.json"
 
 
 @torch.no_grad()
 def operate(
-    teacher: Gemma4ForCausalLM, plan: dict[str, Any], tokens: Sequence[tuple[Tensor, Tensor]], seed: int = 0
-) -> TrihybridGemma4ForCausalLM:
+    teacher: PreTrainedModel, plan: dict[str, Any], tokens: Sequence[tuple[Tensor, Tensor]], seed: int = 0
+) -> HybridForCausalLM:
     """The student that `plan` makes of `teacher`.
 
     Args:
@@ -47,18 +50,18 @@ def operate(
     Raises:
         ValueError: the plan of another teacher, or no calibration tokens.
     """
-    base: Gemma4TextConfig = teacher.config
+    base = teacher.config
     section = check_plan(plan, base)
     if not tokens:
         raise ValueError("no calibration tokens; give at least one block of (input_ids, position_ids)")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = TrihybridGemma4ForCausalLM(student_config(base, section))
+        student = family_of(base).student(student_config(base, section))
     # Float32 at least: scales are fitted before anything is rounded to the teacher's dtype.
     student.to(teacher.device, torch.promote_types(teacher.dtype, torch.float32))
     _copy_retained(teacher, student)
     converted = [i for i, slot in enumerate(student.config.slot_list()) if slot.converted]
-    owners = {key_value_owner(base, index) for index in converted}
+    owners = {anatomy(base).owners[index] for index in converted}
     records = record_layers(teacher, tokens, sorted(owners | set(converted)))
     shared = [Shared() for _ in tokens]
     for index in converted:
@@ -77,7 +80,7 @@ def operate(
 
 
 def save_student(
-    student: TrihybridGemma4ForCausalLM,
+    student: HybridForCausalLM,
     plan: dict[str, Any],
     folder: str | Path,
     save_tokenizer: Callable[[Path], None] | None = None,
@@ -108,7 +111,7 @@ def read_plan(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not JSON ({error})") from None
 
 
-def _copy_retained(teacher: Gemma4ForCausalLM, student: TrihybridGemma4ForCausalLM) -> None:
+def _copy_retained(teacher: PreTrainedModel, student: HybridForCausalLM) -> None:
     """Copy every tensor that both have, buffers (layer scalars) included; what is left must be a mixer of ours."""
     given = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
     taken = dict(student.named_parameters()) | dict(student.named_buffers())
@@ -123,56 +126,73 @@ def _copy_retained(teacher: Gemma4ForCausalLM, student: TrihybridGemma4ForCausal
         tensor.data = given[name].detach().clone()
 
 
-def _teacher_heads(base: Gemma4TextConfig, section: SurgerySection) -> Heads:
-    wide = base.per_layer_config["full_attention"]
-    return Heads(
-        query=base.num_attention_heads,
-        groups=wide.num_key_value_heads,
-        width=wide.head_dim,
-        narrow=section.rwkv7.head_dim,
-        rotary_pairs=rotary_pairs(base),
-        permuted=section.heads == "permuted",
-    )
+def _weights(teacher: PreTrainedModel, index: int) -> AttentionWeights:
+    attention = teacher.model.layers[index].self_attn
+    return attention_weights(dict(attention.named_parameters()).get, anatomy(teacher.config))
 
 
 def _inherit_rwkv7(
     mixer: Rwkv7,
-    teacher: Gemma4ForCausalLM,
+    teacher: PreTrainedModel,
     index: int,
     records: dict[int, LayerRecord],
     section: SurgerySection,
 ) -> None:
-    base: Gemma4TextConfig = teacher.config
-    heads = _teacher_heads(base, section)
-    own = teacher.model.layers[index].self_attn
-    query, scale = fold_norm(own.q_proj.weight, own.q_norm.weight, heads.query)
-    copy_into(mixer.receptance.weight, query[heads.query_rows()])
+    body = anatomy(teacher.config)
+    heads, owner = student_heads(teacher.config, section), body.owners[index]
+    own, lender = _weights(teacher, index), _weights(teacher, owner)
+    x_TD = torch.cat(records[index].inputs).flatten(0, 1)
+    _fill(mixer.receptance, own.query, own.query_bias, own.query_gain, heads.query_rows(), heads.query)
+    scale = _scale(own.query, own.query_bias, own.query_gain, x_TD) * body.score_scale
     copy_into(mixer.r_norm.weight, torch.full_like(mixer.r_norm.weight, scale))
-    copy_into(mixer.output.weight, own.o_proj.weight[:, heads.query_rows(ordered=False)])
+    copy_into(mixer.output.weight, own.output[:, heads.query_rows(ordered=False)])
+    if own.output_bias is not None:
+        copy_into(mixer.output.bias, own.output_bias)
     if mixer.donor is not None:
         return
-    owner = key_value_owner(base, index)
-    lender = teacher.model.layers[owner].self_attn
-    key = lender.k_proj.weight
-    value = key if lender.v_proj is None else lender.v_proj.weight
+    key, value, value_bias = lender.key, lender.value, lender.value_bias
+    assert key is not None and value is not None
     if owner != index and section.donor_keys_values == "ridge":
-        x_TD, donor_TD = (torch.cat(records[i].inputs).flatten(0, 1) for i in (index, owner))
+        donor_TD = torch.cat(records[owner].inputs).flatten(0, 1)
         joint = ridge_regression(x_TD, donor_TD @ torch.cat([key, value]).T, section.ridge).to(key.dtype)
         key, value = joint.split(key.shape[0])
-    key, scale = fold_norm(key, lender.k_norm.weight, heads.groups)
-    copy_into(mixer.key.weight, key[heads.key_rows()])
+    _fill(mixer.key, key, lender.key_bias, lender.key_gain, heads.key_rows(), heads.groups)
+    scale = _scale(key, lender.key_bias, lender.key_gain, x_TD)
     copy_into(mixer.k_norm.weight, torch.full_like(mixer.k_norm.weight, scale))
-    # The teacher norms its values (rms 1 a token); the student has no such norm, so its projection carries the scale.
-    value = value / max(rms(torch.cat(records[index].inputs) @ value.T), 1e-12)
-    copy_into(mixer.value.weight, value[heads.key_rows(ordered=False)])
+    if body.value_norm:
+        # The teacher norms its values (rms 1 a token); the student has no such norm: its projection carries the scale.
+        size = max(rms(linear(x_TD, value, value_bias)), 1e-12)
+        value, value_bias = value / size, None if value_bias is None else value_bias / size
+    _fill(mixer.value, value, value_bias, None, heads.key_rows(ordered=False), heads.groups)
 
 
-def _inherit_tica(mixer: Tica, teacher: Gemma4ForCausalLM, index: int, section: SurgerySection) -> None:
+def _fill(
+    projection: Projection,
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    rows: Tensor,
+    heads: int,
+) -> None:
+    """Copy `rows` of a teacher's projection and of its bias, with the gain of the norm behind it folded in."""
+    for parameter, tensor in ((projection.weight, weight), (projection.bias, bias)):
+        if tensor is not None:
+            folded = tensor if gain is None else fold_norm(tensor, gain, heads)[0]
+            copy_into(parameter, folded[rows])
+
+
+def _scale(weight: Tensor, bias: Tensor | None, gain: Tensor | None, x_TD: Tensor) -> float:
+    """Size of what a teacher's projection says to its attention: the rms of its norm's gain, or where it has no norm of
+    its outputs on calibration tokens."""
+    return rms(linear(x_TD, weight, bias) if gain is None else gain)
+
+
+def _inherit_tica(mixer: Tica, teacher: PreTrainedModel, index: int, section: SurgerySection) -> None:
     """Queries, keys and values from blocks of the teacher's heads without rotary channels, which match by content as
     TICA does; spread evenly over the teacher's heads."""
-    base: Gemma4TextConfig = teacher.config
+    body = anatomy(teacher.config)
     options = mixer.options
-    heads = _teacher_heads(base, section)
+    heads = student_heads(teacher.config, section)
     order = torch.arange(heads.width)
     half = heads.width // 2
     content = torch.cat([order[heads.rotary_pairs : half], order[half + heads.rotary_pairs :]])
@@ -181,11 +201,12 @@ def _inherit_tica(mixer: Tica, teacher: Gemma4ForCausalLM, index: int, section: 
             f'surgery.tica.start is "inherited": {len(content)} channels a head of the teacher have no rotary '
             f"position, tica.head_dim is {options.head_dim}; lower it, or start fresh"
         )
-    lender = teacher.model.layers[key_value_owner(base, index)].self_attn
-    own = teacher.model.layers[index].self_attn
-    query, _ = fold_norm(own.q_proj.weight, own.q_norm.weight, heads.query)
-    key, _ = fold_norm(lender.k_proj.weight, lender.k_norm.weight, heads.groups)
-    value = lender.k_proj.weight if lender.v_proj is None else lender.v_proj.weight
+    own, lender = _weights(teacher, index), _weights(teacher, body.owners[index])
+    assert own.query_gain is not None and lender.key_gain is not None
+    assert lender.key is not None and lender.value is not None
+    query, _ = fold_norm(own.query, own.query_gain, heads.query)
+    key, _ = fold_norm(lender.key, lender.key_gain, heads.groups)
+    value = lender.value
     places = len(content) // options.head_dim
     per_key = options.heads // options.kv_heads
 
@@ -216,5 +237,9 @@ def _calibrate(
         for x_BTD, (_, positions), record_shared in zip(record.inputs, tokens, shared, strict=True)
     ]
     if hasattr(slot, "rwkv7"):
-        weight = slot.rwkv7.output.weight
-        copy_into(weight, weight * (rms(torch.cat(record.outputs)) / max(rms(torch.cat(outputs)), 1e-12)))
+        weight, bias = slot.rwkv7.output.weight, slot.rwkv7.output.bias
+        # A bias is the teacher's own and right as it is.
+        theirs, ours = (
+            torch.cat(y) if bias is None else torch.cat(y) - bias for y in (record.outputs, outputs)
+        )
+        copy_into(weight, weight * (rms(theirs) / max(rms(ours), 1e-12)))

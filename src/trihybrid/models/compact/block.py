@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from trihybrid.mixers.attention import Attention, AttentionOptions
-from trihybrid.mixers.contract import Mixer, Projection, Shared, Write, squared
+from trihybrid.mixers.contract import Mixer, Projection, Shared, Write
 from trihybrid.mixers.rwkv7 import Rwkv7, Rwkv7Options
 from trihybrid.mixers.span import Span
+from trihybrid.mixers.squared import squared
 from trihybrid.mixers.state import ShiftState, State
 from trihybrid.mixers.tica import Tica, TicaOptions
 from trihybrid.mixers.token_shift import TokenShift, TokenShiftOptions

@@ -1,22 +1,22 @@
-"""A converted layer: transformers' own Gemma-4 decoder layer with our mixers in the place of its attention.
+"""A converted slot: our mixers where the teacher's decoder layer has its attention.
 
-h -> input_layernorm -> [rwkv7] + [tica] -> post_attention_layernorm -> + h -> MLP -> per-layer input -> scalar
-     (the teacher's)     (ours)             (the teacher's, and all that follows)
+h -> input_layernorm -> [rwkv7] + [tica] -> (post-norm, in some families) -> + h -> all that follows
+     (the teacher's)     (ours)              (the teacher's)                       (the teacher's)
+
+The layer around it is transformers' own, of the teacher's class.
 """
 
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Gemma4TextConfig
 from transformers.cache_utils import Cache
-from transformers.models.gemma4.modeling_gemma4 import Gemma4TextDecoderLayer
 
 from trihybrid.mixers.contract import Mixer, Shared
 from trihybrid.mixers.rwkv7 import Rwkv7
 from trihybrid.mixers.span import Span
 from trihybrid.mixers.tica import Tica
 from trihybrid.models.cache import given_cache, read_state, write_state
-from trihybrid.models.gemma4.config import SlotSizes, TrihybridGemma4Config
+from trihybrid.models.decoder.config import SlotSizes
 
 
 class ConvertedSlot(nn.Module):
@@ -25,11 +25,15 @@ class ConvertedSlot(nn.Module):
     def __init__(self, config: SlotSizes, index: int) -> None:
         super().__init__()
         self.index = index
-        slot = config.slot_list()[index]
+        slots = config.slot_list()
+        slot = slots[index]
         for kind in slot.mixers:
             donor = slot.donors.get(kind)
             if kind == "rwkv7":
-                self.rwkv7 = Rwkv7(config.rwkv7_options(), index, donor)
+                first = next(place for place, other in enumerate(slots) if kind in other.mixers)
+                self.rwkv7 = Rwkv7(
+                    config.rwkv7_options(), index, donor, first=None if first == index else first
+                )
             else:
                 self.tica = Tica(config.tica_options(), index, donor)
 
@@ -56,12 +60,3 @@ class ConvertedSlot(nn.Module):
         **kwargs: Any,  # transformers' decoder layer also hands over masks and rotary tables, which no mixer here reads
     ) -> tuple[Tensor, None]:
         return self.mix(hidden_states, span, shared, given_cache(cache, past_key_values)), None
-
-
-class ConvertedDecoderLayer(Gemma4TextDecoderLayer):
-    """The teacher's layer `index` with a `ConvertedSlot` as its `self_attn`; `base` is the teacher's configuration, one
-    object for all layers, by which transformers chooses what computes the experts."""
-
-    def __init__(self, config: TrihybridGemma4Config, base: Gemma4TextConfig, index: int) -> None:
-        super().__init__(base, index)
-        self.self_attn = ConvertedSlot(config, index)
