@@ -1,6 +1,6 @@
 """Applying a plan to a teacher: the student keeps every retained tensor and inherits the rest.
 
-Legend: B batch, T time, D model width, K key channels.
+Legend: B batch, T time, D model width, N = B T.
 """
 
 import json
@@ -141,9 +141,9 @@ def _inherit_rwkv7(
     body = anatomy(teacher.config)
     heads, owner = student_heads(teacher.config, section), body.owners[index]
     own, lender = _weights(teacher, index), _weights(teacher, owner)
-    x_TD = torch.cat(records[index].inputs).flatten(0, 1)
+    x_ND = _rows(records[index].inputs)
     _fill(mixer.receptance, own.query, own.query_bias, own.query_gain, heads.query_rows(), heads.query)
-    scale = _scale(own.query, own.query_bias, own.query_gain, x_TD) * body.score_scale
+    scale = _scale(own.query, own.query_bias, own.query_gain, x_ND) * body.score_scale
     copy_into(mixer.r_norm.weight, torch.full_like(mixer.r_norm.weight, scale))
     copy_into(mixer.output.weight, own.output[:, heads.query_rows(ordered=False)])
     if own.output_bias is not None:
@@ -153,17 +153,22 @@ def _inherit_rwkv7(
     key, value, value_bias = lender.key, lender.value, lender.value_bias
     assert key is not None and value is not None
     if owner != index and section.donor_keys_values == "ridge":
-        donor_TD = torch.cat(records[owner].inputs).flatten(0, 1)
-        joint = ridge_regression(x_TD, donor_TD @ torch.cat([key, value]).T, section.ridge).to(key.dtype)
+        donor_ND = _rows(records[owner].inputs)
+        joint = ridge_regression(x_ND, donor_ND @ torch.cat([key, value]).T, section.ridge).to(key.dtype)
         key, value = joint.split(key.shape[0])
     _fill(mixer.key, key, lender.key_bias, lender.key_gain, heads.key_rows(), heads.groups)
-    scale = _scale(key, lender.key_bias, lender.key_gain, x_TD)
+    scale = _scale(key, lender.key_bias, lender.key_gain, x_ND)
     copy_into(mixer.k_norm.weight, torch.full_like(mixer.k_norm.weight, scale))
     if body.value_norm:
         # The teacher norms its values (rms 1 a token); the student has no such norm: its projection carries the scale.
-        size = max(rms(linear(x_TD, value, value_bias)), 1e-12)
+        size = max(rms(linear(x_ND, value, value_bias)), 1e-12)
         value, value_bias = value / size, None if value_bias is None else value_bias / size
     _fill(mixer.value, value, value_bias, None, heads.key_rows(ordered=False), heads.groups)
+
+
+def _rows(blocks: list[Tensor]) -> Tensor:
+    """All tokens of blocks [B, T, D], which may differ in length, as rows [N, D]."""
+    return torch.cat([block.flatten(0, 1) for block in blocks])
 
 
 def _fill(
@@ -181,10 +186,10 @@ def _fill(
             copy_into(parameter, folded[rows])
 
 
-def _scale(weight: Tensor, bias: Tensor | None, gain: Tensor | None, x_TD: Tensor) -> float:
+def _scale(weight: Tensor, bias: Tensor | None, gain: Tensor | None, x_ND: Tensor) -> float:
     """Size of what a teacher's projection says to its attention: the rms of its norm's gain, or where it has no norm of
     its outputs on calibration tokens."""
-    return rms(linear(x_TD, weight, bias) if gain is None else gain)
+    return rms(linear(x_ND, weight, bias) if gain is None else gain)
 
 
 def _inherit_tica(mixer: Tica, teacher: PreTrainedModel, index: int, section: SurgerySection) -> None:
@@ -239,7 +244,5 @@ def _calibrate(
     if hasattr(slot, "rwkv7"):
         weight, bias = slot.rwkv7.output.weight, slot.rwkv7.output.bias
         # A bias is the teacher's own and right as it is.
-        theirs, ours = (
-            torch.cat(y) if bias is None else torch.cat(y) - bias for y in (record.outputs, outputs)
-        )
+        theirs, ours = (_rows(y) if bias is None else _rows(y) - bias for y in (record.outputs, outputs))
         copy_into(weight, weight * (rms(theirs) / max(rms(ours), 1e-12)))
