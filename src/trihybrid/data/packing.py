@@ -99,9 +99,7 @@ class PackedBatches:
         ValueError: for sizes out of range, or a stream of fewer windows than one batch.
     """
 
-    def __init__(
-        self, shards: TokenShards, sequence_length: int, batch_size: int, seed: int | None
-    ) -> None:
+    def __init__(self, shards: TokenShards, sequence_length: int, batch_size: int, seed: int | None) -> None:
         _check_sizes(sequence_length, batch_size)
         if seed is not None and not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}, allowed 0 to 2**64 - 1")
