@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, Gemma4TextConfig, Gemma4UnifiedTextConfig, PreTrainedModel
 
 from trihybrid.models.decoder.language_model import HybridForCausalLM
@@ -71,7 +72,8 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrai
     """A teacher or student from a folder, checked first.
 
     Raises:
-        ValueError: see `check_folder`; a model type that we do not know; tensors that are missing or do not fit.
+        ValueError: see `check_folder`; a model type that we do not know; a configuration that cannot be; tensors that
+            are missing or do not fit.
     """
     register()
     config = check_folder(folder)
@@ -90,6 +92,8 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrai
             local_files_only=True,
             ignore_mismatched_sizes=True,
         )
+    except StrictDataclassError as error:
+        raise _impossible(folder, error) from error
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{folder}: {str(error).splitlines()[0]}") from error
     missing = sorted(info["missing_keys"])
@@ -135,7 +139,7 @@ def load_teacher_config(name: str) -> TeacherConfig:
     The text model of a unified Gemma 4 becomes the `gemma4_text` that computes the same: one without per-layer inputs.
 
     Raises:
-        ValueError: neither; or the configuration of another architecture.
+        ValueError: neither; or the configuration of another architecture, or one that cannot be.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -152,7 +156,14 @@ def load_teacher_config(name: str) -> TeacherConfig:
             f'{folder}: model_type is "{kind}"; a teacher is one of {", ".join(CLASSES)} (plans also take '
             f"{Gemma4UnifiedTextConfig.model_type})"
         )
-    return CLASSES[kind].from_dict(fields)
+    try:
+        return CLASSES[kind].from_dict(fields)
+    except StrictDataclassError as error:
+        raise _impossible(folder, error) from error
+
+
+def _impossible(folder: str | Path, error: StrictDataclassError) -> ValueError:
+    return ValueError(f"{folder}: config.json cannot be: {' '.join(str(error.__cause__ or error).split())}")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
