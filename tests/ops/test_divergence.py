@@ -1,5 +1,7 @@
 """Softcapped divergence and cross-entropy against the dense formula by autograd."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,18 +11,15 @@ from torch.nn import functional
 
 from trihybrid.ops.divergence import (
     compare_distributions,
+    dense_divergence,
     softcap,
     softcapped_cross_entropy,
     softcapped_divergence,
 )
+from trihybrid.testing import relative_error
+from trihybrid.testing.live import live_tensors
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    reference = reference.to(value.dtype)
-    floor = 1e-6 * reference.numel() ** 0.5
-    return ((value - reference).norm() / reference.norm().clamp_min(floor)).item()
 
 
 def make(
@@ -43,24 +42,16 @@ def dense(
     allowed: Tensor | None = None,
     weight: Tensor | None = None,
     teacher_head: Tensor | None = None,
+    top_k: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition, in float64, with every logit at once."""
-    log_probabilities = []
-    for hidden, matrix in (
-        (student, head),
-        (teacher, (head if teacher_head is None else teacher_head).detach()),
-    ):
-        logits = hidden.double() @ matrix.double().T
-        logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        logits = logits if allowed is None else logits[:, allowed]
-        log_probabilities.append(torch.log_softmax(logits / temperature, dim=-1))
-    log_s, log_t = log_probabilities
+    """The definition, in float64, as weighted means."""
+    teacher_head = (head if teacher_head is None else teacher_head).detach().double()
+    exact = dense_divergence(
+        student.double(), teacher.double(), head.double(), cap, temperature, allowed, top_k, teacher_head
+    )
     weight = torch.ones(len(student)) if weight is None else weight
     weight = weight.double() / weight.double().sum()
-    kl = (log_t.exp() * (log_t - log_s)).sum(-1) @ weight
-    entropy = -(log_t.exp() * log_t).sum(-1) @ weight
-    agreement = (log_t.argmax(-1) == log_s.argmax(-1)).double() @ weight
-    return kl, entropy, agreement
+    return exact.kl_N @ weight, exact.entropy_N @ weight, exact.same_N.double() @ weight
 
 
 @given(
@@ -72,9 +63,11 @@ def dense(
     chunk=st.integers(1, 24),
     filtered=st.booleans(),
     weighted=st.booleans(),
+    block=st.integers(1, 44),
+    top_k=st.none() | st.integers(1, 44),
     dtype=st.sampled_from([torch.float64, torch.float32]),
 )
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(deadline=None, max_examples=60, derandomize=True)
 def test_equals_dense(
     tokens: int,
     vocabulary: int,
@@ -84,6 +77,8 @@ def test_equals_dense(
     chunk: int,
     filtered: bool,
     weighted: bool,
+    block: int,
+    top_k: int | None,
     dtype: torch.dtype,
 ) -> None:
     student, teacher, head = make(tokens, vocabulary, width, dtype=dtype)
@@ -92,8 +87,10 @@ def test_equals_dense(
     weight = torch.randint(0, 3, (tokens,), generator=generator).float() + 0.5 if weighted else None
     if weight is not None:
         weight[1:][weight[1:] == 0.5] = 0.0
-    result = softcapped_divergence(student, teacher, head, cap, temperature, allowed, weight, chunk)
-    kl, entropy, agreement = dense(student, teacher, head, cap, temperature, allowed, weight)
+    result = softcapped_divergence(
+        student, teacher, head, cap, temperature, allowed, weight, chunk, top_k=top_k, block=block
+    )
+    kl, entropy, agreement = dense(student, teacher, head, cap, temperature, allowed, weight, top_k=top_k)
     gradients = torch.autograd.grad(3 * result.kl, (student, head))
     expected = torch.autograd.grad(3 * kl, (student, head))
     assert result.kl.dtype == dtype
@@ -110,16 +107,17 @@ def test_equals_dense(
     vocabulary=st.integers(2, 40),
     cap=st.sampled_from([None, 1.5, 30.0]),
     chunk=st.integers(1, 24),
+    block=st.integers(1, 44),
     dtype=st.sampled_from([torch.float64, torch.float32]),
 )
 @settings(deadline=None, max_examples=20, derandomize=True)
 def test_cross_entropy_equals_dense(
-    tokens: int, vocabulary: int, cap: float | None, chunk: int, dtype: torch.dtype
+    tokens: int, vocabulary: int, cap: float | None, chunk: int, block: int, dtype: torch.dtype
 ) -> None:
     hidden, _, head = make(tokens, vocabulary, 5, dtype=dtype)
     targets = torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(1))
     targets[1::3] = -100
-    loss = softcapped_cross_entropy(hidden, head, targets, cap, chunk)
+    loss = softcapped_cross_entropy(hidden, head, targets, cap, chunk, block)
     reference = functional.cross_entropy(softcap(hidden.double() @ head.double().T, cap), targets)
     gradients = torch.autograd.grad(loss, (hidden, head))
     expected = torch.autograd.grad(reference, (hidden, head))
@@ -191,15 +189,46 @@ def test_chunk_size_changes_nothing() -> None:
             assert relative_error(value, reference) <= 1e-13
 
 
-def test_vocabulary_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_vocabulary_blocks_change_nothing(top_k: int | None) -> None:
+    """One block of all, whose logits are kept, and blocks whose logits are computed twice."""
     student, teacher, head = make(6, 13, 5)
     results = []
-    for block in (16384, 4):
-        monkeypatch.setattr("trihybrid.ops.divergence.VOCABULARY_BLOCK", block)
-        kl = softcapped_divergence(student, teacher, head, 4.0, chunk=4).kl
+    for block in (16384, 4, 1):
+        kl = softcapped_divergence(student, teacher, head, 4.0, chunk=4, block=block, top_k=top_k).kl
         results.append((kl, *torch.autograd.grad(kl, (student, head))))
-    for value, reference in zip(results[1], results[0], strict=True):
-        assert relative_error(value, reference) <= 1e-13
+    for other in results[1:]:
+        for value, reference in zip(other, results[0], strict=True):
+            assert relative_error(value, reference) <= 1e-13
+
+
+def test_the_bucket_by_hand() -> None:
+    """Four tokens of probability 1/2, 1/4, 1/8, 1/8 against 1/4 each: two alone, and 1/4 against 1/2 in the bucket."""
+    teacher = torch.tensor([[0.5, 0.25, 0.125, 0.125]], dtype=torch.float64).log()
+    head = torch.eye(4, dtype=torch.float64)
+    student = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    result = softcapped_divergence(student, teacher, head, None, top_k=2, block=3)
+    assert result.kl.item() == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.5), rel=1e-12)
+    assert result.entropy_teacher.item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(4), rel=1e-12)
+    (gradient,) = torch.autograd.grad(result.kl, student)
+    # p_S - p_T for the two; the bucket's 1/2 - 1/4 in the shares that the student gives its tokens.
+    assert gradient.tolist()[0] == pytest.approx([-0.25, 0.0, 0.125, 0.125], abs=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_bucket_of_next_to_nothing_has_digits(dtype: torch.dtype) -> None:
+    """The student gives 1e-9 to what the teacher gives 1e-6: one minus the others' sum would be noise."""
+    log_teacher, log_student = ([[0.0, rest, rest - 1]] for rest in (math.log(1e-6), math.log(1e-9)))
+    student = torch.tensor(log_student, dtype=dtype, requires_grad=True)
+    head = torch.eye(3, dtype=dtype)
+    arguments = torch.tensor(log_teacher, dtype=dtype), head, None
+    result = softcapped_divergence(student, *arguments, top_k=1, block=2)
+    wide = student.detach().double().requires_grad_()
+    kl = dense(wide, *arguments, top_k=1)[0]
+    (gradient,), (expected,) = torch.autograd.grad(result.kl, student), torch.autograd.grad(kl, wide)
+    # Of the bucket's tokens: that of the other is a difference of numbers next to one, in the formula too.
+    assert relative_error(gradient[:, 1:], expected[:, 1:]) <= TOLERANCE[dtype]
+    assert result.kl.item() == pytest.approx(kl.item(), rel=1e-4 if dtype == torch.float32 else 1e-9)
 
 
 def test_teacher_of_another_width() -> None:
@@ -252,21 +281,41 @@ def test_bfloat16_inputs_are_computed_in_float32() -> None:
     assert under.kl.item() == wide.kl.item()
 
 
-def test_no_table_of_all_tokens_is_saved() -> None:
-    tokens, vocabulary, width = 64, 50, 3
-    student, teacher, head = make(tokens, vocabulary, width)
-    targets = torch.arange(tokens) % vocabulary
-    saved: list[int] = []
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_memory_is_three_tables_of_a_chunk_and_a_block(top_k: int | None) -> None:
+    """Counted over forward and backward of a frozen head: no table of [N, V] nor of [chunk, V], whatever N and V are.
+    Beside the tables: the gradient of the hidden states, and the teacher's choice."""
+    tokens, vocabulary, width, chunk, block = 128, 4096, 16, 32, 512
+    student, teacher, head = make(tokens, vocabulary, width, dtype=torch.float32)
+    table, hidden = 4 * chunk * block, 4 * tokens * width
+    with live_tensors() as live:
+        kl = softcapped_divergence(
+            student, teacher, head.detach(), 30.0, chunk=chunk, top_k=top_k, block=block
+        ).kl
+        assert live.bytes <= 2 * hidden
+        kl.backward()
+    assert live.largest == table
+    assert live.peak <= (3 + 0.6) * table + 2 * hidden
 
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.numel())
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        softcapped_divergence(student, teacher, head, 5.0, chunk=8).kl.backward()
-        softcapped_cross_entropy(student, head, targets, 5.0, chunk=8).backward()
-    assert saved
-    assert max(saved) <= max(tokens, vocabulary) * width
+def test_memory_of_cross_entropy_is_two_tables() -> None:
+    tokens, vocabulary, width, chunk, block = 128, 4096, 16, 32, 512
+    hidden, _, head = make(tokens, vocabulary, width, dtype=torch.float32)
+    with live_tensors() as live:
+        softcapped_cross_entropy(hidden, head.detach(), torch.arange(tokens), 5.0, chunk, block).backward()
+    assert live.largest == 4 * chunk * block
+    assert live.peak <= 2.6 * 4 * chunk * block
+
+
+def test_a_frozen_head_costs_nothing() -> None:
+    """No gradient of its size is ever made, and a block of it at most is cast to float32."""
+    student, teacher, head = make(8, 4096, 64, dtype=torch.bfloat16)
+    with live_tensors() as live:
+        softcapped_divergence(student, teacher, head.detach(), 30.0, chunk=8, block=256).kl.backward()
+    assert live.largest == 4 * 256 * 64
+    with live_tensors() as live:
+        softcapped_divergence(student, teacher, head, 30.0, chunk=8, block=256).kl.backward()
+    assert live.largest == 4 * 4096 * 64
 
 
 def test_second_derivative_is_refused_and_graph_can_be_kept() -> None:
@@ -305,6 +354,8 @@ def test_compare_distributions() -> None:
         ({"softcap": 0.0}, "softcap is 0.0"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"chunk": 0}, "chunk is 0"),
+        ({"block": 0}, "block is 0; it must be at least 1 token of the vocabulary"),
+        ({"top_k": 0}, "top_k is 0; it must be at least 1 token, or None"),
         ({"weight_N": torch.zeros(4)}, "no token has a weight: all 4"),
         ({"weight_N": torch.tensor([1.0, -1.0, 1.0, 1.0])}, "negative or non-finite"),
         ({"weight_N": torch.tensor([1.0, torch.nan, 1.0, 1.0])}, "negative or non-finite"),

@@ -11,6 +11,12 @@ import torch
 
 from interpreted import MARKS
 from trihybrid.ops.block_attention import block_attention
+from trihybrid.ops.divergence import (
+    dense_divergence,
+    softcap,
+    softcapped_cross_entropy,
+    softcapped_divergence,
+)
 from trihybrid.testing.compare import relative_error
 
 pytestmark = MARKS
@@ -154,3 +160,34 @@ def test_mixed_norm(load, length, width, branched, mixed, blended):
         torch.autograd.grad(out, leaves, grads),
         torch.autograd.grad(expected, wider, [x.double() for x in grads]),
     )
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_divergence(load, cap, temperature, top_k):
+    """Blocks of 1,500 columns: two tiles, the second of them partly empty, and a last block of one tile."""
+    load("trihybrid.ops.divergence.tables")
+    student, teacher = (torch.randn(7, 12).requires_grad_() for _ in range(2))
+    head = (torch.randn(2000, 12) / 3).requires_grad_()
+    leaves, wider = [student, head], wide([student, head])
+    found = softcapped_divergence(student, teacher, head, cap, temperature, chunk=4, block=1500, top_k=top_k)
+    exact = dense_divergence(
+        wider[0], teacher.detach().double(), wider[1], cap, temperature,
+        top_k=top_k, teacher_head_VD=wider[1].detach(),
+    )  # fmt: skip
+    means = [exact.kl_N.mean(), exact.entropy_N.mean(), exact.same_N.double().mean()]
+    assert_close([found.kl, found.entropy_teacher, found.agreement], means)
+    assert_close(torch.autograd.grad(found.kl, leaves), torch.autograd.grad(means[0], wider))
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_cross_entropy(load, cap):
+    load("trihybrid.ops.divergence.tables")
+    hidden, head = torch.randn(7, 12).requires_grad_(), (torch.randn(2000, 12) / 3).requires_grad_()
+    targets = torch.tensor([0, 1499, -100, 1500, 1999, 3, 700])
+    wider = wide([hidden, head])
+    found = softcapped_cross_entropy(hidden, head, targets, cap, chunk=4, block=1500)
+    exact = torch.nn.functional.cross_entropy(softcap(wider[0] @ wider[1].T, cap), targets)
+    assert_close([found], [exact])
+    assert_close(torch.autograd.grad(found, [hidden, head]), torch.autograd.grad(exact, wider))
