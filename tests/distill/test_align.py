@@ -137,6 +137,24 @@ def test_relative_distance() -> None:
     assert relative_distance(torch.zeros(3), torch.zeros(3)).item() == 0
 
 
+def test_relative_distance_by_autograd() -> None:
+    """The backward by hand against the formula, and what waits for it: no tensor of its own."""
+    generator = torch.Generator().manual_seed(0)
+    x, target = (
+        torch.randn(5, 7, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2)
+    )
+    found = torch.autograd.grad(3 * relative_distance(x, target), x)[0]
+    aim = target.detach()
+    expected = torch.autograd.grad(3 * (x - aim).pow(2).sum() / aim.pow(2).sum(), x)[0]
+    assert relative_error(found, expected) <= 1e-12
+    half = x.detach().bfloat16().requires_grad_()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss = relative_distance(half, aim.bfloat16())
+    assert {t.dtype for t in saved if t.dim()} == {torch.bfloat16}
+    assert torch.autograd.grad(loss, half)[0].dtype == torch.bfloat16
+
+
 def test_task(make_teacher, make_student, make_batch) -> None:
     teacher = make_teacher()
     pair = pair_of(teacher, make_student(teacher))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from trihybrid.distill.match import Matching, MatchTask
 from trihybrid.distill.pair import Pair
 from trihybrid.distill.section import NEW_MIXERS
+from trihybrid.models.decoder.sliding import Window
 from trihybrid.testing import relative_error
 
 SLIDING = "model.layers.3.self_attn.k_proj.weight"
@@ -150,6 +151,39 @@ def test_the_teacher_keeps_no_graph(make_teacher, make_student, block) -> None:
         hidden_BTD = pair.teacher_layer(index, hidden_BTD, stream)
         assert not hidden_BTD.requires_grad
     assert not any(t.requires_grad for pair_ in stream.shared_attention.values() for t in pair_)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sliding_layers_in_blocks_are_the_dense_formula(make_teacher, make_student, checkpointing) -> None:
+    """Rows of several blocks and documents; the sliding layers train too, so that their gradient is seen as well."""
+    teacher = make_teacher(torch.float64)
+    student = make_student(teacher, share_kv="teacher")
+    naive = copy.deepcopy(student)
+    generator = torch.Generator().manual_seed(3)
+    tokens_BT = torch.randint(3, 97, (2, 150), generator=generator)
+    positions_BT = torch.stack([torch.cat([torch.arange(n), torch.arange(150 - n)]) for n in (70, 11)])
+    pair = Pair(student, copy.deepcopy(teacher), [*NEW_MIXERS, SLIDING, LENT])
+    masks = pair.prepare(tokens_BT, positions_BT)[1].masks
+    assert isinstance(masks["sliding_attention"], Window)
+    expected = dense(teacher, naive, tokens_BT, positions_BT, pair.first_difference)
+    expected["loss"].backward()
+    loss, parts = Matching(pair, checkpointing=checkpointing, kept_layers=4)(tokens_BT, positions_BT)
+    loss.backward()
+    torch.testing.assert_close(parts | {"loss": loss}, expected, rtol=1e-9, atol=1e-12)
+    gradients = dict(naive.named_parameters())
+    for name, parameter in pair.trained.items():
+        assert relative_error(parameter.grad, gradients[name].grad) <= 1e-8, name
+
+
+def test_kept_layers_are_not_recomputed(make_teacher, make_student, block) -> None:
+    teacher = make_teacher()
+    pair = Pair(make_student(teacher), copy.deepcopy(teacher), NEW_MIXERS)
+    calls = []
+    for index, layer in enumerate(pair.student.model.layers):
+        layer.pre_feedforward_layernorm.register_forward_hook(lambda *_, index=index: calls.append(index))
+    Matching(pair, checkpointing=True, kept_layers=3)(*block)[0].backward()
+    # The teacher once, the student once, and once more below the three at the top; both part at layer 2.
+    assert [calls.count(index) for index in range(9)] == [1] * 2 + [3] * 4 + [2] * 3
 
 
 def test_packed_documents_are_separate_documents(make_teacher, make_student, block) -> None:

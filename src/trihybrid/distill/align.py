@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from trihybrid.data.packing import Batch
@@ -77,6 +78,25 @@ class AlignTask:
 
 
 def relative_distance(x: Tensor, target: Tensor) -> Tensor:
-    """|x - target|^2 / |target|^2 over all elements, in float32 or wider; a scalar, 0 where they are equal."""
-    wide, aim = (t if t.dtype == torch.float64 else t.float() for t in (x, target.detach()))
-    return (wide - aim).pow(2).sum() / aim.pow(2).sum().clamp(min=torch.finfo(aim.dtype).tiny)
+    """|x - target|^2 / |target|^2 over all elements, in float32 or wider; a scalar, 0 where they are equal. No gradient
+    goes to the target, and for the backward pass both wait as they are, not their difference in float32."""
+    return _RelativeDistance.apply(x, target.detach())
+
+
+class _RelativeDistance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, target: Tensor) -> Tensor:
+        wide, aim = (_wide(t) for t in (x, target))
+        size = aim.pow(2).sum().clamp(min=torch.finfo(aim.dtype).tiny)
+        ctx.save_for_backward(x, target, size)
+        return (wide - aim).pow(2).sum() / size
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        x, target, size = ctx.saved_tensors
+        return ((_wide(x) - _wide(target)).mul_(2 * gradient / size)).to(x.dtype), None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

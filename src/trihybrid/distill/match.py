@@ -30,6 +30,8 @@ class Matching(nn.Module):
         allowed_V: token ids that the KL compares, or None for all.
         chunk: tokens whose logits exist at once.
         checkpointing: recompute the student's layers in the backward pass; the teacher's keep nothing anyway.
+        kept_layers: with checkpointing, that many layers at the top keep what they computed: more memory, less time.
+        top_k: compare the teacher's most likely tokens and one bucket for all others; None compares all.
     """
 
     def __init__(
@@ -40,10 +42,13 @@ class Matching(nn.Module):
         allowed_V: Tensor | None = None,
         chunk: int = 1024,
         checkpointing: bool = False,
+        kept_layers: int = 0,
+        top_k: int | None = None,
     ) -> None:
         super().__init__()
         self.pair, self.temperature, self.alignment_weight = pair, temperature, alignment_weight
-        self.allowed_V, self.chunk, self.checkpointing = allowed_V, chunk, checkpointing
+        self.allowed_V, self.chunk, self.top_k = allowed_V, chunk, top_k
+        self.recomputed = len(pair.student.model.layers) - kept_layers if checkpointing else 0
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and its parts (kl, hidden, agreement) for int64 tokens and positions [B, T]."""
@@ -58,7 +63,7 @@ class Matching(nn.Module):
         distances = []
         for index in range(first, len(model.layers)):
             teacher_BTD = pair.teacher_layer(index, teacher_BTD, stream)
-            if self.checkpointing:
+            if index < self.recomputed:
                 student_BTD = checkpoint(model.layer, index, student_BTD, ours, use_reentrant=False)
             else:
                 student_BTD = model.layer(index, student_BTD, ours)
@@ -73,6 +78,7 @@ class Matching(nn.Module):
             temperature=self.temperature,
             allowed_V=self.allowed_V,
             chunk=self.chunk,
+            top_k=self.top_k,
         )
         hidden = torch.stack(distances).mean()
         parts = {"kl": divergence.kl, "hidden": hidden, "agreement": divergence.agreement}

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from trihybrid.mixers.contract import HeadNorm, Mixer, Projection
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.decoder.model import Stream
+from trihybrid.models.decoder.sliding import SLIDING
 
 
 class RecordingAttention(nn.Module):
@@ -52,6 +53,10 @@ class Pair(nn.Module):
 
     def __init__(self, student: HybridForCausalLM, teacher: PreTrainedModel, train: Sequence[str]) -> None:
         super().__init__()
+        for model in (student, teacher):
+            if model.config._attn_implementation == "sdpa":
+                # Layer by layer the same numbers, in O(T window) where a layer slides.
+                model.config._attn_implementation = SLIDING
         self.student = student
         self.trained = self._select(train)
         slots = student.config.slot_list()
@@ -72,6 +77,7 @@ class Pair(nn.Module):
         if not student.config.tie_word_embeddings:
             _check_equal(teacher.lm_head, student.lm_head, "lm_head.")
         self.teacher_layers.requires_grad_(False)
+        student.model.fuse(self.teacher_layers)
 
     def _select(self, train: Sequence[str]) -> dict[str, nn.Parameter]:
         chosen = {}

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trihybrid.train.section import TrainSection
 
@@ -40,7 +40,23 @@ class MatchSection(TrainSection):
         default="all",
         description="tokens that the KL compares: all, or those that occur in the training text",
     )
+    top_k: int | None = Field(
+        default=None,
+        ge=1,
+        description="compare the teacher's most likely tokens and one bucket for the rest; null compares all",
+    )
     chunk: int = Field(default=1024, ge=1, description="tokens whose logits exist at once")
     checkpointing: bool = Field(
         default=False, description="recompute the student's layers in the backward pass to save memory"
     )
+    kept_layers: int = Field(
+        default=0, ge=0, description="layers at the top that are not recomputed: more memory, less time"
+    )
+
+    @model_validator(mode="after")
+    def _kept_of_what(self) -> "MatchSection":
+        if self.kept_layers and not self.checkpointing:
+            raise ValueError(
+                f"kept_layers: {self.kept_layers}, but checkpointing is off and keeps all; switch it on, or remove this"
+            )
+        return self

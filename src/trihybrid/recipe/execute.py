@@ -265,5 +265,7 @@ def _task(run: Run, stage: AlignSection | MatchSection, pair: Pair) -> Task:
         allowed,
         stage.chunk,
         checkpointing=stage.checkpointing,
+        kept_layers=stage.kept_layers,
+        top_k=stage.top_k,
     )
     return MatchTask(matching)

@@ -33,9 +33,10 @@ from trihybrid.models.anatomy import TYPES, anatomy
 from trihybrid.models.arguments import build_span
 from trihybrid.models.cache import CACHE, given_cache, seen_tokens
 from trihybrid.models.decoder.config import HybridConfig
+from trihybrid.models.decoder.sliding import SLIDING, Window, window_of_span
 from trihybrid.models.decoder.slot import ConvertedSlot
 
-MASKED = ("eager", "sdpa", "flex_attention")
+MASKED = ("eager", "sdpa", "flex_attention", SLIDING)
 """Attention implementations that see what their mask says. The others ask the teacher's module for a window, and a full
 layer that became a sliding one has none there."""
 
@@ -55,7 +56,7 @@ class Stream:
     """
 
     span: Span
-    masks: dict[str, Tensor | None]
+    masks: dict[str, Tensor | Window | None]
     rotary: dict[str, tuple[Tensor, Tensor]]
     position_ids: Tensor
     cache: Cache | None
@@ -140,6 +141,7 @@ class HybridModel(HybridPreTrainedModel):
         for index, slot in enumerate(self.slots):
             if slot.converted:
                 self.layers[index].self_attn = ConvertedSlot(config, index)
+        self.fuse(self)
         self.post_init()
 
     def rotary_tables(
@@ -163,6 +165,10 @@ class HybridModel(HybridPreTrainedModel):
     def layer_arguments(self, index: int, stream: Stream) -> dict[str, Any]:
         """What the family's decoder layer takes beside mask, rotary table, positions and cache."""
         return {}
+
+    def fuse(self, module: nn.Module) -> None:
+        """Let a part of the family's, in place, do the same in fewer kernels, where there is a way; here there is
+        none."""
 
     def prepare(
         self,
@@ -212,7 +218,7 @@ class HybridModel(HybridPreTrainedModel):
         position_ids: Tensor,
         cache: Cache | None,
         span: Span,
-    ) -> dict[str, Tensor | None]:
+    ) -> dict[str, Tensor | Window | None]:
         self.base._attn_implementation = self.config._attn_implementation
         self.base._experts_implementation = self.config._experts_implementation
         if any(slot.window for slot in self.slots) and self.config._attn_implementation not in MASKED:
@@ -220,8 +226,14 @@ class HybridModel(HybridPreTrainedModel):
                 f'attn_implementation is "{self.config._attn_implementation}"; full layers that became sliding ones '
                 f"need one that follows its mask: {', '.join(MASKED)}"
             )
-        masks = {}
+        whole = cache is None and span.valid_BT is None
+        linear = self.config._attn_implementation == SLIDING and whole
+        masks: dict[str, Tensor | Window | None] = {}
         for kind in layer_types:
+            if linear and kind == "sliding_attention":
+                assert self.config.sliding_window is not None
+                masks[kind] = window_of_span(span, self.config.sliding_window)
+                continue
             create = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
             masks[kind] = create(
                 config=self.config,

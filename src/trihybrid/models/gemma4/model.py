@@ -9,7 +9,7 @@ Legend: B batch, T tokens, D model width, L layers, P width of the per-layer inp
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Gemma4TextConfig
 from transformers.models.gemma4.modeling_gemma4 import (
     Gemma4PreTrainedModel,
@@ -21,6 +21,7 @@ from transformers.models.gemma4.modeling_gemma4 import (
 from trihybrid.models.decoder.config import HybridConfig
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.decoder.model import HybridModel, Stream
+from trihybrid.models.gemma4.norm import fuse_norms
 
 
 class TrihybridGemma4Config(HybridConfig):
@@ -47,6 +48,9 @@ class TrihybridGemma4Model(HybridModel, Gemma4TextModel):
             return super().per_layer(input_ids, hidden_BTD, given)
         looked_up = self.get_per_layer_inputs(input_ids, hidden_BTD) if given is None else given
         return self.project_per_layer_inputs(hidden_BTD, looked_up)
+
+    def fuse(self, module: nn.Module) -> None:
+        fuse_norms(module)
 
     def layer_arguments(self, index: int, stream: Stream) -> dict[str, Any]:
         inputs_BTLP = stream.per_layer_BTLP
