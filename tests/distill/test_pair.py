@@ -10,7 +10,7 @@ from trihybrid.distill.match import Matching
 from trihybrid.distill.pair import Pair
 from trihybrid.distill.section import NEW_MIXERS, AlignSection, MatchSection
 from trihybrid.mixers.contract import ROLES, Mixer
-from trihybrid.ops.divergence import softcap
+from trihybrid.ops.softcap import softcap
 
 CONVERTED = (2, 5, 8)
 SLIDING = "model.layers.3.self_attn.q_proj.weight"

@@ -12,10 +12,10 @@ from torch.nn import functional
 from trihybrid.ops.divergence import (
     compare_distributions,
     dense_divergence,
-    softcap,
     softcapped_cross_entropy,
     softcapped_divergence,
 )
+from trihybrid.ops.softcap import softcap
 from trihybrid.testing import relative_error
 from trihybrid.testing.live import live_tensors
 

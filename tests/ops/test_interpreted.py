@@ -13,10 +13,10 @@ from interpreted import MARKS
 from trihybrid.ops.block_attention import block_attention
 from trihybrid.ops.divergence import (
     dense_divergence,
-    softcap,
     softcapped_cross_entropy,
     softcapped_divergence,
 )
+from trihybrid.ops.softcap import softcap
 from trihybrid.testing.compare import relative_error
 
 pytestmark = MARKS

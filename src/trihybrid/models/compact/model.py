@@ -19,9 +19,9 @@ from trihybrid.mixers.span import Span, contiguous, packed
 from trihybrid.mixers.state import State
 from trihybrid.models.compact.block import EPSILON, Block
 from trihybrid.models.compact.section import CompactSection
-from trihybrid.ops.divergence import softcap
 from trihybrid.ops.fake_quantize import check_clip, fake_quantize, integer_range
 from trihybrid.ops.mixed_norm import scaled_norm
+from trihybrid.ops.softcap import softcap
 
 logger = logging.getLogger(__name__)
 

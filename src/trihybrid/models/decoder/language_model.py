@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from trihybrid.models.cache import CACHE, given_cache
 from trihybrid.models.decoder.config import HybridConfig
 from trihybrid.models.decoder.model import HybridModel, HybridPreTrainedModel
-from trihybrid.ops.divergence import softcap
+from trihybrid.ops.softcap import softcap
 
 
 class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):

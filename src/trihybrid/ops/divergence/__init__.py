@@ -25,13 +25,12 @@ from trihybrid.ops.divergence.chunks import chunked_mean
 from trihybrid.ops.divergence.definition import (
     IGNORED_TARGET,
     Comparison,
-    check_softcap,
     compare_distributions,
     dense_divergence,
 )
-from trihybrid.ops.divergence.definition import softcap as softcap
 from trihybrid.ops.divergence.tables import Head, Shaping
 from trihybrid.ops.divergence.targets import TeacherTarget, TokenTarget, TopTarget
+from trihybrid.ops.softcap import check_softcap
 
 __all__ = [
     "IGNORED_TARGET",
@@ -40,7 +39,6 @@ __all__ = [
     "Divergence",
     "compare_distributions",
     "dense_divergence",
-    "softcap",
     "softcapped_cross_entropy",
     "softcapped_divergence",
 ]

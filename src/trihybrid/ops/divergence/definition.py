@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trihybrid.ops.softcap import softcap
+
 IGNORED_TARGET = -100
 
 
@@ -18,21 +20,6 @@ class Comparison:
     kl_N: Tensor
     entropy_N: Tensor
     same_N: Tensor
-
-
-def softcap(logits: Tensor, cap: float | None) -> Tensor:
-    """Return cap * tanh(logits / cap) (Gemma's final logit softcapping), or the logits when cap is None.
-
-    Shape and dtype are kept; differentiable. ValueError when cap is not above zero.
-    """
-    check_softcap(cap)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def check_softcap(cap: float | None) -> None:
-    """ValueError unless the cap is above zero, or None."""
-    if cap is not None and not cap > 0:
-        raise ValueError(f"softcap is {cap}; it must be above 0, or None for no softcap")
 
 
 def compare_distributions(log_teacher_NV: Tensor, log_student_NV: Tensor) -> Comparison:
