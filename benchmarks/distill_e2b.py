@@ -1,12 +1,14 @@
 """What a step of distillation costs in the true shape of Gemma-4 E2B, beside two models with a dense KL in one run.
 
-    python benchmarks/distill_e2b.py [--parts align,match,long,dense] [--kept 0,8,14,20] [--steps 5] [--profile]
+    python benchmarks/distill_e2b.py [--parts align,match,long,dense] [--kept 16,20,22,24] [--steps 5] [--profile]
         [--tiny] [--json FOLDER]
 
 One GPU, bfloat16, random weights, rows without padding or borders; forward, backward, clipping and AdamW on float32
-master weights of the new mixers. `align` is stage 1, `match` stage 2 (once for each number of layers in --kept that are
-not recomputed), `long` stage 2 at 32,768 tokens, `dense` stage 2 as two models, all logits at once and every layer
-recomputed. Peak is all that the allocator held, weights and optimizer included. The utilisation (MFU) is of the
+master weights of the new mixers. `align` is stage 1; `long` stage 2 at 32,768 tokens with all layers recomputed;
+`match` stage 2 at 4,096, once kernel by kernel, and as a CUDA graph for each number of layers in --kept that are not
+recomputed; `dense` stage 2 as two models, all logits at once and every layer
+recomputed. Peak is all that was allocated, weights
+and optimizer included; with a graph all that is reserved, which is a little more. The utilisation (MFU) is of the
 bfloat16 matrix product of the same run; model FLOPs count the matrix products of both forward passes, of the gradients
 of what the student computes, and of those of the mixers' weights; nothing for what is recomputed. --profile prints the
 kernels that take most of a step. --tiny runs all of it in a tiny shape on a CPU. --json writes the rows as
@@ -20,7 +22,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,9 @@ import torch
 from distill_e2b_models import Setting, TwoModels, build_pair, clear, e2b, smaller, tiny
 from torch import Tensor, nn
 
+from trihybrid.data import Batch
 from trihybrid.distill.align import Alignment
-from trihybrid.distill.match import Matching
+from trihybrid.distill.match import Matching, MatchTask
 from trihybrid.distill.pair import Pair
 from trihybrid.surgery.cost import account
 from trihybrid.surgery.layout import student_config
@@ -39,6 +42,7 @@ from trihybrid.train.section import OptimizerSection
 
 Row = dict[str, Any]
 Step = Callable[[], Tensor]
+Way = Callable[[Batch, float], tuple[Tensor, Mapping[str, Any]]]
 
 PARTS = ("align", "match", "long", "dense")
 GIB = 2**30
@@ -88,61 +92,82 @@ def measure(setting: Setting, parts: list[str], profile: bool) -> Iterator[Row]:
     if set(parts) & {"align", "match", "long"}:
         pair = build_pair(setting)
         if "align" in parts:
-            yield row_of(setting, "align", Alignment(pair), pair.trained, setting.align, {}, profile)
-        for kept in setting.kept if "match" in parts else ():
-            matching = Matching(pair, chunk=setting.chunk, checkpointing=True, kept_layers=kept)
-            last = kept == setting.kept[-1]
-            yield row_of(
-                setting, "match", matching, pair.trained, setting.match, {"kept": kept}, profile and last
-            )
+            alignment = Alignment(pair)
+            yield row_of(setting, "align", by_autograd(alignment), pair.trained, pair.roles(), {}, profile)
         if "long" in parts:
-            matching = Matching(pair, chunk=setting.chunk, checkpointing=True)
-            yield row_of(setting, "long", matching, pair.trained, setting.long, {"kept": 0}, False)
+            way = by_autograd(matching(setting, pair, 0))
+            yield row_of(setting, "long", way, pair.trained, pair.roles(), {"kept": 0, "graph": False}, False)
+        graphs = setting.device.type == "cuda"
+        ways = [(setting.kept[0], False)] * graphs + [(kept, graphs) for kept in setting.kept]
+        for kept, graph in ways if "match" in parts else ():
+            task = MatchTask(matching(setting, pair, kept), graph)
+            shown = profile and (kept, graph) == ways[-1]
+            options = {"kept": kept, "graph": graph}
+            yield row_of(setting, "match", task.differentiate, pair.trained, pair.roles(), options, shown)
+            del task
         del pair
         clear()
     if "dense" in parts:
         models = TwoModels(setting)
-        yield row_of(setting, "dense", models, models.trained, setting.match, {}, False)
+        roles = dict.fromkeys(models.trained, "matrix")
+        yield row_of(setting, "dense", by_autograd(models), models.trained, roles, {}, False)
+
+
+def matching(setting: Setting, pair: Pair, kept: int) -> Matching:
+    """Stage 2 with `kept` layers that are not recomputed."""
+    return Matching(pair, chunk=setting.chunk, block=setting.block, checkpointing=True, kept_layers=kept)
+
+
+def by_autograd(module: nn.Module) -> Way:
+    """Loss and gradients as they come, one kernel after the other."""
+
+    def differentiate(batch: Batch, share: float) -> tuple[Tensor, Mapping[str, Any]]:
+        loss, parts = module(batch.inputs, batch.positions)
+        loss.backward()
+        return loss.detach(), parts
+
+    return differentiate
 
 
 def row_of(
     setting: Setting,
     part: str,
-    module: nn.Module,
+    way: Way,
     trained: dict[str, nn.Parameter],
-    shape: tuple[int, int],
+    roles: dict[str, str],
     options: Row,
     profile: bool,
 ) -> Row:
     """Time of a step, its memory and its loss before the first update."""
     clear()
-    rows, length = shape
+    rows, length = shape = {"align": setting.align, "long": setting.long}.get(part, setting.match)
     row: Row = {"benchmark": "distill_e2b", "part": part, "rows": rows, "length": length, **options}
-    roles = Pair.roles(module.pair) if hasattr(module, "pair") else dict.fromkeys(trained, "matrix")
-    saved = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    gpu = setting.device.type == "cuda"
+    saved = {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
     optimizer = build_optimizer(trained, roles, OptimizerSection(learning_rate=1e-5))
     generator = torch.Generator().manual_seed(1)
-    tokens_BT = torch.randint(3, setting.base.vocab_size, shape, generator=generator).to(setting.device)
-    positions_BT = torch.arange(length, device=setting.device).expand(shape)
+    tokens_BT = torch.randint(3, setting.base.vocab_size, (rows, length + 1), generator=generator)
+    batch = Batch(tokens_BT, torch.arange(length + 1).expand(rows, -1)).to(setting.device)
 
     def step() -> Tensor:
-        loss, _ = module(tokens_BT, positions_BT)
-        loss.backward()
+        optimizer.zero_grad()
+        loss, _ = way(batch, 1.0)
         nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+        return loss
 
     try:
         row["loss"] = float(step())
-        if setting.device.type == "cuda":
+        if gpu:
             step()
-            torch.cuda.synchronize()
+            clear()
             torch.cuda.reset_peak_memory_stats()
         row["ms"] = milliseconds(step, setting)
         row["tokens_per_second"] = rows * length / (1e-3 * row["ms"])
-        if setting.device.type == "cuda":
-            row["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+        if gpu:
+            # What a recording holds is reserved for it, and not allocated while it is replayed.
+            peak = torch.cuda.max_memory_reserved if options.get("graph") else torch.cuda.max_memory_allocated
+            row["peak_gib"] = peak() / GIB
         row["flops"] = model_flops(setting, part, shape, trained)
         if profile:
             print_kernels(part, step)
@@ -238,7 +263,7 @@ class Column:
 
 COLUMNS = (
     Column("part", "part", "{}"), Column("rows", "rows", "{}"), Column("tokens", "length", "{:,}"),
-    Column("layers kept", "kept", "{}"), Column("ms a step", "ms", "{:.1f}"),
+    Column("layers kept", "kept", "{}"), Column("graph", "graph", "{}"), Column("ms a step", "ms", "{:.1f}"),
     Column("tok/s", "tokens_per_second", "{:,.0f}"), Column("peak GiB", "peak_gib", "{:.1f}"),
     Column("MFU", "mfu", "{:.0%}"), Column("loss", "loss", "{:.4f}"),
 )  # fmt: skip

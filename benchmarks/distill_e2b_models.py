@@ -28,7 +28,7 @@ class Setting:
         base, surgery: the teacher's configuration and the student's plan.
         align, match, long: (rows, tokens of a row) of a step of stage 1, of stage 2, and of stage 2 at length.
         kept: numbers of layers that stage 2 does not recompute, one after the other.
-        chunk: tokens whose logits exist at once.
+        chunk, block: tokens and words whose logits exist at once.
         steps: timed steps of a row.
     """
 
@@ -39,6 +39,7 @@ class Setting:
     long: tuple[int, int]
     kept: tuple[int, ...]
     chunk: int
+    block: int
     steps: int
     device: torch.device
     dtype: torch.dtype
@@ -47,7 +48,7 @@ class Setting:
 def e2b() -> Setting:
     """The true shape on a GPU; the student is the card's, RWKV-7 + TICA in all seven global layers."""
     return Setting(
-        load_shape("gemma-4-e2b"), SurgerySection(), (8, 2048), (1, 4096), (1, 32768), (0, 8, 14, 20), 1024, 5,
+        load_shape("gemma-4-e2b"), SurgerySection(), (8, 2048), (1, 4096), (1, 32768), (16, 20, 22, 24), 256, 262144, 5,
         torch.device("cuda"), torch.bfloat16,
     )  # fmt: skip
 
@@ -66,7 +67,7 @@ def tiny() -> Setting:
         tica=TicaSection(heads=4, kv_heads=2, head_dim=8, gate_rank=3),
     )
     cpu = torch.device("cpu")
-    return Setting(base, surgery, (1, 16), (1, 72), (1, 136), (0, 2), 32, 1, cpu, torch.float32)
+    return Setting(base, surgery, (1, 16), (1, 72), (1, 136), (0, 2), 32, 64, 1, cpu, torch.float32)
 
 
 def build(setting: Setting) -> tuple[PreTrainedModel, HybridForCausalLM]:

@@ -164,14 +164,15 @@ def test_mixed_norm(load, length, width, branched, mixed, blended):
 
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("top_k", [None, 5])
-def test_divergence(load, cap, temperature, top_k):
-    """Blocks of 1,500 columns: two tiles, the second of them partly empty, and a last block of one tile."""
+@pytest.mark.parametrize(("top_k", "block"), [(None, 1500), (5, 1500), (None, 2000)])
+def test_divergence(load, cap, temperature, top_k, block):
+    """Blocks of 1,500 columns: two tiles, the second of them partly empty, and a last block of one tile. One block of
+    all columns, whose logits are kept."""
     load("trihybrid.ops.divergence.tables")
     student, teacher = (torch.randn(7, 12).requires_grad_() for _ in range(2))
     head = (torch.randn(2000, 12) / 3).requires_grad_()
     leaves, wider = [student, head], wide([student, head])
-    found = softcapped_divergence(student, teacher, head, cap, temperature, chunk=4, block=1500, top_k=top_k)
+    found = softcapped_divergence(student, teacher, head, cap, temperature, chunk=4, block=block, top_k=top_k)
     exact = dense_divergence(
         wider[0], teacher.detach().double(), wider[1], cap, temperature,
         top_k=top_k, teacher_head_VD=wider[1].detach(),
@@ -191,3 +192,20 @@ def test_cross_entropy(load, cap):
     exact = torch.nn.functional.cross_entropy(softcap(wider[0] @ wider[1].T, cap), targets)
     assert_close([found], [exact])
     assert_close(torch.autograd.grad(found, [hidden, head]), torch.autograd.grad(exact, wider))
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 1500)])
+def test_gated_gelu(load, shape):
+    """Far from zero too, where the exponential overflows."""
+    module = load("trihybrid.ops.gated_gelu")
+    gate, up = (torch.randn(shape).mul_(4).requires_grad_() for _ in range(2))
+    with torch.no_grad():
+        gate.view(-1)[:4] = torch.tensor([-60.0, 60.0, 0.0, -9.0])
+    grad = torch.randn(shape)
+    wider = wide([gate, up])
+    expected = module.gated_gelu_reference(*wider)
+    found = module.gated_gelu(gate, up)
+    assert_close([found], [expected])
+    assert_close(
+        torch.autograd.grad(found, [gate, up], grad), torch.autograd.grad(expected, wider, grad.double())
+    )

@@ -8,6 +8,7 @@ computed once and not counted.
 Legend: B batch, T time, D model width, N = B T.
 """
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -16,8 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from trihybrid.data.packing import Batch
 from trihybrid.distill.align import relative_distance
+from trihybrid.distill.graph import Graphed
 from trihybrid.distill.pair import Pair
-from trihybrid.ops.divergence import softcapped_divergence
+from trihybrid.models.decoder.model import Stream
+from trihybrid.ops.divergence import VOCABULARY_BLOCK, softcapped_divergence
+
+logger = logging.getLogger(__name__)
 
 
 class Matching(nn.Module):
@@ -28,7 +33,8 @@ class Matching(nn.Module):
         temperature: of both distributions.
         alignment_weight: weight of the hidden alignment.
         allowed_V: token ids that the KL compares, or None for all.
-        chunk: tokens whose logits exist at once.
+        chunk, block: tokens, and words of the vocabulary, whose logits exist at once. Where a block is all words, its
+            logits are kept for the gradient, not computed again.
         checkpointing: recompute the student's layers in the backward pass; the teacher's keep nothing anyway.
         kept_layers: with checkpointing, that many layers at the top keep what they computed: more memory, less time.
         top_k: compare the teacher's most likely tokens and one bucket for all others; None compares all.
@@ -44,16 +50,24 @@ class Matching(nn.Module):
         checkpointing: bool = False,
         kept_layers: int = 0,
         top_k: int | None = None,
+        block: int = VOCABULARY_BLOCK,
     ) -> None:
         super().__init__()
         self.pair, self.temperature, self.alignment_weight = pair, temperature, alignment_weight
-        self.allowed_V, self.chunk, self.top_k = allowed_V, chunk, top_k
+        self.allowed_V, self.chunk, self.block, self.top_k = allowed_V, chunk, block, top_k
         self.recomputed = len(pair.student.model.layers) - kept_layers if checkpointing else 0
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and its parts (kl, hidden, agreement) for int64 tokens and positions [B, T]."""
+        return self.losses(*self.prepare(input_ids, position_ids))
+
+    def prepare(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Stream]:
+        """What `losses` begins with: hidden states of the embedding [B, T, D] and the stream."""
+        return self.pair.prepare(input_ids, position_ids)
+
+    def losses(self, teacher_BTD: Tensor, stream: Stream) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same from what `Pair.prepare` returns; waits for no device."""
         pair, model = self.pair, self.pair.student.model
-        teacher_BTD, stream = pair.prepare(input_ids, position_ids)
         first = pair.first_difference
         for index in range(first):
             teacher_BTD = pair.teacher_layer(index, teacher_BTD, stream)
@@ -64,7 +78,10 @@ class Matching(nn.Module):
         for index in range(first, len(model.layers)):
             teacher_BTD = pair.teacher_layer(index, teacher_BTD, stream)
             if index < self.recomputed:
-                student_BTD = checkpoint(model.layer, index, student_BTD, ours, use_reentrant=False)
+                # Nothing in a layer is random; to note the generator's state takes time, and no graph may.
+                student_BTD = checkpoint(
+                    model.layer, index, student_BTD, ours, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 student_BTD = model.layer(index, student_BTD, ours)
             distances.append(relative_distance(student_BTD, teacher_BTD))
@@ -79,6 +96,7 @@ class Matching(nn.Module):
             allowed_V=self.allowed_V,
             chunk=self.chunk,
             top_k=self.top_k,
+            block=self.block,
         )
         hidden = torch.stack(distances).mean()
         parts = {"kl": divergence.kl, "hidden": hidden, "agreement": divergence.agreement}
@@ -88,8 +106,13 @@ class Matching(nn.Module):
 class MatchTask:
     """`Matching` as the training loop wants it."""
 
-    def __init__(self, module: Matching) -> None:
+    def __init__(self, module: Matching, graph: bool = False) -> None:
+        """`graph`: on a GPU, record loss and gradients once and replay them."""
         self.module = module
+        on_gpu = next(iter(module.pair.trained.values())).is_cuda
+        if graph and not on_gpu:
+            logger.info("graph: without effect off the GPU")
+        self.graphed = Graphed(module, list(module.pair.trained.values())) if graph and on_gpu else None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.module.pair.trained
@@ -100,6 +123,14 @@ class MatchTask:
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         loss, parts = self.module(batch.inputs, batch.positions)
         return loss, {name: value.detach() for name, value in parts.items()}
+
+    def differentiate(self, batch: Batch, share: float) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        """Add `share` times the gradient of the batch's loss to the parameters' gradients; what `loss` returns."""
+        if self.graphed is not None:
+            return self.graphed(batch.inputs, batch.positions, share)
+        loss, parts = self.loss(batch)
+        (loss if share == 1 else share * loss).backward()
+        return loss.detach(), parts
 
     def tokens(self, batch: Batch) -> int:
         return batch.inputs.numel()

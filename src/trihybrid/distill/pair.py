@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trihybrid.distill.fuse import fuse
 from trihybrid.mixers.contract import HeadNorm, Mixer, Projection
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.decoder.model import Stream
@@ -54,6 +55,7 @@ class Pair(nn.Module):
     def __init__(self, student: HybridForCausalLM, teacher: PreTrainedModel, train: Sequence[str]) -> None:
         super().__init__()
         for model in (student, teacher):
+            fuse(student, model)
             if model.config._attn_implementation == "sdpa":
                 # Layer by layer the same numbers, in O(T window) where a layer slides.
                 model.config._attn_implementation = SLIDING
@@ -77,7 +79,6 @@ class Pair(nn.Module):
         if not student.config.tie_word_embeddings:
             _check_equal(teacher.lm_head, student.lm_head, "lm_head.")
         self.teacher_layers.requires_grad_(False)
-        student.model.fuse(self.teacher_layers)
 
     def _select(self, train: Sequence[str]) -> dict[str, nn.Parameter]:
         chosen = {}

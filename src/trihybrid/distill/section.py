@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from trihybrid.ops.divergence import VOCABULARY_BLOCK
 from trihybrid.train.section import TrainSection
 
 NEW_MIXERS = ["model.layers.*.self_attn.rwkv7.*", "model.layers.*.self_attn.tica.*"]
@@ -46,17 +47,33 @@ class MatchSection(TrainSection):
         description="compare the teacher's most likely tokens and one bucket for the rest; null compares all",
     )
     chunk: int = Field(default=1024, ge=1, description="tokens whose logits exist at once")
+    block: int = Field(
+        default=VOCABULARY_BLOCK,
+        ge=1,
+        description="words of the vocabulary whose logits exist at once; where that is all of them, logits are kept "
+        "for the gradient, not computed again: more memory a token, less time",
+    )
     checkpointing: bool = Field(
         default=False, description="recompute the student's layers in the backward pass to save memory"
     )
     kept_layers: int = Field(
         default=0, ge=0, description="layers at the top that are not recomputed: more memory, less time"
     )
+    graph: bool = Field(
+        default=False,
+        description="replay loss and gradients as one CUDA graph, for batches so small that asking for their kernels "
+        "takes longer than they do; without effect off the GPU",
+    )
 
     @model_validator(mode="after")
-    def _kept_of_what(self) -> "MatchSection":
+    def _options_fit(self) -> "MatchSection":
         if self.kept_layers and not self.checkpointing:
             raise ValueError(
                 f"kept_layers: {self.kept_layers}, but checkpointing is off and keeps all; switch it on, or remove this"
+            )
+        if self.graph and self.vocabulary == "training":
+            raise ValueError(
+                "graph: true with vocabulary 'training', whose tokens are checked in every step; give vocabulary "
+                "'all', maybe with top_k, or no graph"
             )
         return self

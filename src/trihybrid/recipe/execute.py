@@ -267,5 +267,6 @@ def _task(run: Run, stage: AlignSection | MatchSection, pair: Pair) -> Task:
         checkpointing=stage.checkpointing,
         kept_layers=stage.kept_layers,
         top_k=stage.top_k,
+        block=stage.block,
     )
-    return MatchTask(matching)
+    return MatchTask(matching, stage.graph)

@@ -5,7 +5,8 @@ gradient, for which a block's logits are computed again. Nothing with V columns 
 is known up to one factor in the forward, and the backward applies it: what waits for it is [N, D] (and [V, D] where the
 head trains).
 
-    tables of [chunk, block] alive at once: 3 (5 where one block is all of the vocabulary, and kept for the gradient)
+    tables of [chunk, block] alive at once: 3; where one block is all of the vocabulary, and kept for the gradient, 5 in
+    PyTorch and 2 1/2 in the kernels
 
 Shapes: N tokens, C tokens of one chunk, B columns of a block, V vocabulary, D model width.
 """
@@ -53,7 +54,9 @@ class _ChunkedMean(torch.autograd.Function):
             for columns in blocks:
                 student_CB, own_CB = head.logits(hidden_CD, columns), target.products(columns, again=False)
                 if len(blocks) == 1 and any(wanted):
-                    kept = student_CB.clone(), None if own_CB is None else own_CB.clone()
+                    kept = student_CB, own_CB
+                    if not target.spares(student_CB):
+                        student_CB, own_CB = student_CB.clone(), None if own_CB is None else own_CB.clone()
                 target.see(student_CB, own_CB, columns)
                 del student_CB, own_CB
             loss_N[rows] = target.loss()

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trihybrid.ops.divergence.tables import Head, LogSum, Shaping, Sums, error_
+from trihybrid.ops.divergence.tables import Head, LogSum, Shaping, Sums, error_, fusable
 
 
 class Target(Protocol):
@@ -26,7 +26,11 @@ class Target(Protocol):
         ...
 
     def see(self, student_CB: Tensor, own_CB: Tensor | None, columns: slice) -> None:
-        """Take in a block of raw logits; the tables are used up."""
+        """Take in a block of raw logits; the tables are used up, unless it `spares` them."""
+        ...
+
+    def spares(self, student_CB: Tensor) -> bool:
+        """Whether `see` leaves such tables as they are."""
         ...
 
     def loss(self) -> Tensor:
@@ -61,6 +65,9 @@ class TeacherTarget:
 
     def see(self, student_CB: Tensor, own_CB: Tensor | None, columns: slice) -> None:
         self.sums.add_(student_CB, own_CB, self.shaping, columns.start)
+
+    def spares(self, student_CB: Tensor) -> bool:
+        return fusable(student_CB)
 
     def loss(self) -> Tensor:
         sums, weight_C = self.sums, self.sums.teacher.sum_C.double()
@@ -121,6 +128,9 @@ class TopTarget(TeacherTarget):
             self.rest_student.add(s_CK[:, self.top_k :])
         self.t_CK, self.s_CK, self.chosen_CK = (x[:, : self.top_k] for x in (t_CK, s_CK, chosen_CK))
 
+    def spares(self, student_CB: Tensor) -> bool:
+        return False
+
     def loss(self) -> Tensor:
         t_CK, s_CK = self.t_CK.double(), self.s_CK.double()
         rest_t_C, rest_s_C = self.rest_teacher.log(), self.rest_student.log()
@@ -177,6 +187,9 @@ class TokenTarget:
         found_C1 = self.shaping.apply_(student_CB.gather(1, place_C1))
         self.s_C1 = torch.where(inside_C1, found_C1, self.s_C1)
         self.sums.add_(student_CB, None, self.shaping, columns.start)
+
+    def spares(self, student_CB: Tensor) -> bool:
+        return fusable(student_CB)
 
     def loss(self) -> Tensor:
         return self.sums.student.log() - self.s_C1.squeeze(1)
