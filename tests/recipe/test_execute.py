@@ -2,16 +2,18 @@
 
 import json
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from trihybrid.models.checkpoint import check_folder, load_model, load_teacher
+from trihybrid.distill.match import MatchTask
+from trihybrid.distill.section import ExtendSection
+from trihybrid.models.checkpoint import check_folder, load_model, load_student, load_teacher
 from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
-from trihybrid.recipe.execute import execute
+from trihybrid.recipe.execute import _task, execute
 from trihybrid.recipe.load import dump_recipe, load_recipe
-from trihybrid.run import Lineage, hash_file, hash_folder, read_log
+from trihybrid.run import Lineage, RunDirectory, hash_file, hash_folder, read_log
 from trihybrid.surgery.operate import read_plan
 
 MODELS = ["teacher", "operated", "aligned", "matched"]
@@ -133,3 +135,30 @@ def test_a_teacher_from_a_folder_is_copied_and_converted_alike(
     with pytest.raises(ValueError, match="a converted student, not a teacher"):
         execute(load_recipe(micro_recipe, overrides), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_three_stages_with_a_sliding_layer_in_the_last(
+    micro_recipe: Path, micro_run: Path, tmp_path: Path
+) -> None:
+    """Stage 3 goes on from stage 2, on rows of three windows, and trains what its patterns name."""
+    loop = {"steps": 1, "batch_size": 2, "sequence_length": 16}
+    stages: list[dict] = [{"kind": kind, "loop": loop} for kind in ("align", "match", "extend")]
+    sliding = "model.layers.0.self_attn.q_proj.weight"
+    stages[2] |= {"loop": loop | {"sequence_length": 72}, "train": ["*.rwkv7.w0", sliding]}
+    overrides = ["teacher.pretrain=null", f"teacher.folder={micro_run / 'teacher'}"]
+    recipe = load_recipe(micro_recipe, [*overrides, f"stages={json.dumps(stages)}"])
+    rows = execute(recipe, tmp_path / "run")
+    assert [row["stage"] for row in rows] == [*MODELS, "extended"]
+    before, after = (load_model(tmp_path / "run" / name).state_dict() for name in ("matched", "extended"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {sliding, *(name for name in before if name.endswith("rwkv7.w0"))}
+
+
+def test_the_last_stage_by_kl_is_stage_two_without_its_alignment(micro_run: Path) -> None:
+    run = SimpleNamespace(directory=RunDirectory(micro_run, create=False))
+    fields = {"loop": {"steps": 1}, "loss": "kl", "chunk": 9, "kept_layers": 1, "train": ["*.rwkv7.w0"]}
+    stage = ExtendSection.model_validate(fields)
+    task = _task(run, stage, load_student(micro_run / "matched"))  # type: ignore[arg-type]
+    assert isinstance(task, MatchTask) and all(name.endswith("w0") for name in task.parameters())
+    module = task.module
+    assert (module.alignment_weight, module.chunk, module.recomputed) == (0.0, 9, 2)

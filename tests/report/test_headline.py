@@ -2,6 +2,7 @@
 
 from trihybrid.report.headline import final_stage, headline, verdict
 from trihybrid.report.reading import RunRecord
+from trihybrid.report.stages import KNOWN_STAGES, in_stage_order
 
 
 def record(results: dict[str, dict], summary: dict | None = None) -> RunRecord:
@@ -49,3 +50,13 @@ def test_final_stage():
     assert final_stage(record({"teacher": {}})) is None
     assert final_stage(record({"int8": {}})) == "int8"
     assert final_stage(record({"matched": {}, "aligned": {}, "int8": {}})) == "matched"
+
+
+def test_a_third_stage_comes_last_and_no_run_misses_it():
+    run = record({"matched": {"bpb": 1.2}, "extended": {"bpb": 1.3}})
+    assert final_stage(run) == "extended"
+    assert "After stage 3 (extended) the model is worse than before, by 0.1000 bits per byte." in headline(
+        run
+    )
+    assert in_stage_order(["extended", "matched", "teacher"]) == ["teacher", "matched", "extended"]
+    assert "extended" not in KNOWN_STAGES

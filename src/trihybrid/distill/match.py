@@ -13,12 +13,12 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from trihybrid.data.packing import Batch
 from trihybrid.distill.align import relative_distance
 from trihybrid.distill.graph import Graphed
 from trihybrid.distill.pair import Pair
+from trihybrid.distill.recompute import run_layer
 from trihybrid.models.decoder.model import Stream
 from trihybrid.ops.divergence import VOCABULARY_BLOCK, softcapped_divergence
 
@@ -77,13 +77,7 @@ class Matching(nn.Module):
         distances = []
         for index in range(first, len(model.layers)):
             teacher_BTD = pair.teacher_layer(index, teacher_BTD, stream)
-            if index < self.recomputed:
-                # Nothing in a layer is random; to note the generator's state takes time, and no graph may.
-                student_BTD = checkpoint(
-                    model.layer, index, student_BTD, ours, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                student_BTD = model.layer(index, student_BTD, ours)
+            student_BTD = run_layer(model, index, student_BTD, ours, recompute=index < self.recomputed)
             distances.append(relative_distance(student_BTD, teacher_BTD))
         with torch.no_grad():
             teacher_BTD = model.norm(teacher_BTD)

@@ -6,7 +6,6 @@ Legend: B batch, T time, D model width.
 """
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trihybrid.distill.fuse import fuse
-from trihybrid.mixers.contract import HeadNorm, Mixer, Projection
+from trihybrid.distill.trained import roles_of, select
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.decoder.model import Stream
-from trihybrid.models.decoder.sliding import SLIDING
+from trihybrid.models.decoder.sliding import linear_sliding
 
 
 class RecordingAttention(nn.Module):
@@ -56,11 +55,9 @@ class Pair(nn.Module):
         super().__init__()
         for model in (student, teacher):
             fuse(student, model)
-            if model.config._attn_implementation == "sdpa":
-                # Layer by layer the same numbers, in O(T window) where a layer slides.
-                model.config._attn_implementation = SLIDING
+            linear_sliding(model)
         self.student = student
-        self.trained = self._select(train)
+        self.trained = select(student, train)
         slots = student.config.slot_list()
         self.converted = [index for index, slot in enumerate(slots) if slot.converted]
         self.teacher_layers = nn.ModuleDict()
@@ -80,40 +77,9 @@ class Pair(nn.Module):
             _check_equal(teacher.lm_head, student.lm_head, "lm_head.")
         self.teacher_layers.requires_grad_(False)
 
-    def _select(self, train: Sequence[str]) -> dict[str, nn.Parameter]:
-        chosen = {}
-        for name, parameter in list(self.student.named_parameters()):
-            trains = any(fnmatchcase(name, pattern) for pattern in train)
-            parameter.requires_grad_(trains)
-            if not trains:
-                continue
-            if not name.startswith("model.layers."):
-                raise ValueError(
-                    f"train: {list(train)} matches {name}; only layers may train, teacher and student share the rest"
-                )
-            # A master weight: small updates vanish in bfloat16; the mixers cast it where they use it.
-            narrow = parameter.dtype not in (torch.float32, torch.float64)
-            if not _cast_in_forward(self.student, name) and narrow:
-                raise ValueError(
-                    f"train: {list(train)} matches {name}, which has no float32 master weight in a {parameter.dtype} "
-                    "model; leave experts and routers out, or load the models in float32"
-                )
-            if narrow:
-                parameter.data = parameter.data.float()
-            chosen[name] = parameter
-        if not chosen:
-            raise ValueError(f"train: {list(train)} matches no parameter of the student")
-        return chosen
-
     def roles(self) -> dict[str, str]:
-        """Role of every trained parameter; what is not in a mixer of ours is a matrix or a vector by its shape."""
-        roles: dict[str, str] = {}
-        for prefix, module in self.student.named_modules():
-            if isinstance(module, Mixer):
-                roles |= {f"{prefix}.{name}": role for name, role in module.roles().items()}
-        return {
-            name: roles.get(name, "matrix" if p.dim() == 2 else "vector") for name, p in self.trained.items()
-        }
+        """Role of every trained parameter."""
+        return roles_of(self.student, self.trained)
 
     def prepare(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Stream]:
         """Hidden states [B, T, D] and the stream with what the layers of both need; without gradient."""
@@ -156,30 +122,6 @@ def _borrow(layer: nn.Module, owner: nn.Module, prefix: str, trained: dict[str, 
             _check_equal(module, other, inside)
             setattr(layer, name, other)
     return kept
-
-
-def _cast_in_forward(student: nn.Module, name: str) -> bool:
-    """Let transformers' own projection or norm that holds the parameter `name` cast its master weight, as our mixers
-    do; whether what holds it does."""
-    path = name.rpartition(".")[0]
-    module = student.get_submodule(path)
-    if type(module) is nn.Linear:
-        with torch.device("meta"):
-            casting = Projection(module.in_features, module.out_features, bias=module.bias is not None)
-        casting.weight, casting.bias = module.weight, module.bias
-        owner, _, leaf = path.rpartition(".")
-        setattr(student.get_submodule(owner), leaf, casting)
-        return True
-    if type(module).__name__.endswith("RMSNorm"):
-        # Llama's norms answer in the dtype of their weight, Gemma's in that of their input.
-        if _in_the_inputs_dtype not in module._forward_hooks.values():
-            module.register_forward_hook(_in_the_inputs_dtype)
-        return True
-    return isinstance(module, Mixer | Projection | HeadNorm)
-
-
-def _in_the_inputs_dtype(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return output.to(arguments[0].dtype)
 
 
 def _check_equal(module: nn.Module, other: nn.Module, prefix: str) -> None:

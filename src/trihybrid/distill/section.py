@@ -22,14 +22,40 @@ class AlignSection(TrainSection):
     )
 
 
-class MatchSection(TrainSection):
+class VocabularySection(TrainSection):
+    """What stages share that run the whole student up to its logits."""
+
+    train: list[str] = Field(
+        default_factory=lambda: list(NEW_MIXERS), description="names of parameters to train, with *"
+    )
+    chunk: int = Field(default=1024, ge=1, description="tokens whose logits exist at once")
+    block: int = Field(
+        default=VOCABULARY_BLOCK,
+        ge=1,
+        description="words of the vocabulary whose logits exist at once; where that is all of them, logits are kept "
+        "for the gradient, not computed again: more memory a token, less time",
+    )
+    checkpointing: bool = Field(
+        default=False, description="recompute the student's layers in the backward pass to save memory"
+    )
+    kept_layers: int = Field(
+        default=0, ge=0, description="layers at the top that are not recomputed: more memory, less time"
+    )
+
+    @model_validator(mode="after")
+    def _kept_of_what(self) -> "VocabularySection":
+        if self.kept_layers and not self.checkpointing:
+            raise ValueError(
+                f"kept_layers: {self.kept_layers}, but checkpointing is off and keeps all; switch it on, or remove this"
+            )
+        return self
+
+
+class MatchSection(VocabularySection):
     """Stage 2: the student's distribution follows the teacher's, on the student's own hidden states."""
 
     kind: Literal["match"] = Field(
         default="match", description="stage 2, forward KL with cumulative hidden alignment"
-    )
-    train: list[str] = Field(
-        default_factory=lambda: list(NEW_MIXERS), description="names of parameters to train, with *"
     )
     temperature: float = Field(
         default=1.0, gt=0, le=100, description="temperature of both distributions in the KL"
@@ -46,19 +72,6 @@ class MatchSection(TrainSection):
         ge=1,
         description="compare the teacher's most likely tokens and one bucket for the rest; null compares all",
     )
-    chunk: int = Field(default=1024, ge=1, description="tokens whose logits exist at once")
-    block: int = Field(
-        default=VOCABULARY_BLOCK,
-        ge=1,
-        description="words of the vocabulary whose logits exist at once; where that is all of them, logits are kept "
-        "for the gradient, not computed again: more memory a token, less time",
-    )
-    checkpointing: bool = Field(
-        default=False, description="recompute the student's layers in the backward pass to save memory"
-    )
-    kept_layers: int = Field(
-        default=0, ge=0, description="layers at the top that are not recomputed: more memory, less time"
-    )
     graph: bool = Field(
         default=False,
         description="replay loss and gradients as one CUDA graph, for batches so small that asking for their kernels "
@@ -66,14 +79,23 @@ class MatchSection(TrainSection):
     )
 
     @model_validator(mode="after")
-    def _options_fit(self) -> "MatchSection":
-        if self.kept_layers and not self.checkpointing:
-            raise ValueError(
-                f"kept_layers: {self.kept_layers}, but checkpointing is off and keeps all; switch it on, or remove this"
-            )
+    def _graph_of_what(self) -> "MatchSection":
         if self.graph and self.vocabulary == "training":
             raise ValueError(
                 "graph: true with vocabulary 'training', whose tokens are checked in every step; give vocabulary "
                 "'all', maybe with top_k, or no graph"
             )
         return self
+
+
+class ExtendSection(VocabularySection):
+    """Stage 3: longer rows, from the text itself or from the teacher."""
+
+    kind: Literal["extend"] = Field(default="extend", description="stage 3, longer contexts")
+    loss: Literal["cross_entropy", "kl"] = Field(
+        default="cross_entropy",
+        description="cross_entropy: of the next token, without the teacher; kl: stage 2's, without its alignment",
+    )
+    checkpointing: bool = Field(
+        default=True, description="recompute the student's layers in the backward pass to save memory"
+    )

@@ -17,16 +17,18 @@ from transformers import Gemma4ForCausalLM
 from trihybrid.data import PackedBatches, PreparedData, prepare
 from trihybrid.data.section import load_tokenizer
 from trihybrid.distill.align import AlignTask
+from trihybrid.distill.extend import ExtendTask, Extension
 from trihybrid.distill.match import Matching, MatchTask
 from trihybrid.distill.pair import Pair
-from trihybrid.distill.section import AlignSection, MatchSection
+from trihybrid.distill.section import AlignSection, ExtendSection, MatchSection
 from trihybrid.models.checkpoint import load_student, load_teacher, save_folder
+from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.shapes import TeacherConfig
 from trihybrid.pretrain.task import PretrainTask
 from trihybrid.recipe.load import dump_recipe, load_conversion
 from trihybrid.recipe.measure import measure
 from trihybrid.recipe.planned import check_shape, teacher_name
-from trihybrid.recipe.schema import NAMES, Recipe
+from trihybrid.recipe.schema import NAMES, Recipe, Stage
 from trihybrid.run import Lineage, RunDirectory, RunLog, hash_folder, hash_json, write_json, write_text
 from trihybrid.surgery.layout import window_of
 from trihybrid.surgery.operate import operate, read_plan, save_student
@@ -237,22 +239,27 @@ def calibration_blocks(data: PreparedData, tokens: int) -> list[tuple[Tensor, Te
     return [(batch.inputs, batch.positions)]
 
 
-def _distil(run: Run, stage: AlignSection | MatchSection, before: str, parent: str) -> str:
+def _distil(run: Run, stage: Stage, before: str, parent: str) -> str:
     name = NAMES[stage.kind]
 
     def make(stage_hash: str) -> None:
         student = load_student(run.directory.model(before))
-        pair = Pair(student, load_teacher(run.directory.model("teacher")), stage.train)
-        run.train(name, parent, stage_hash, _task(run, stage, pair), stage)
+        run.train(name, parent, stage_hash, _task(run, stage, student), stage)
         plan = read_plan(run.directory.model(before))
         save_student(student, plan, run.directory.model(name), run.data.tokenizer.save)
 
     return run.phase(name, parent, stage.model_dump(mode="json"), make)
 
 
-def _task(run: Run, stage: AlignSection | MatchSection, pair: Pair) -> Task:
+def _task(run: Run, stage: Stage, student: HybridForCausalLM) -> Task:
+    if isinstance(stage, ExtendSection) and stage.loss == "cross_entropy":
+        sizes = (stage.chunk, stage.block, stage.checkpointing, stage.kept_layers)
+        return ExtendTask(Extension(student, stage.train, *sizes))
+    pair = Pair(student, load_teacher(run.directory.model("teacher")), stage.train)
     if isinstance(stage, AlignSection):
         return AlignTask(pair, stage.checkpointing)
+    if isinstance(stage, ExtendSection):
+        stage = MatchSection(**stage.model_dump(exclude={"kind", "loss"}), alignment_weight=0.0)
     allowed = None
     if stage.vocabulary == "training":
         allowed = torch.unique(

@@ -5,15 +5,15 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trihybrid.data.section import DataSection
-from trihybrid.distill.section import AlignSection, MatchSection
+from trihybrid.distill.section import AlignSection, ExtendSection, MatchSection
 from trihybrid.evaluate.section import EvaluationSection
 from trihybrid.infer.section import SamplesSection
 from trihybrid.pretrain.section import PretrainSection
 from trihybrid.surgery.section import SurgerySection
 
-Stage = Annotated[AlignSection | MatchSection, Field(discriminator="kind")]
+Stage = Annotated[AlignSection | MatchSection | ExtendSection, Field(discriminator="kind")]
 
-NAMES = {"align": "aligned", "match": "matched"}
+NAMES = {"align": "aligned", "match": "matched", "extend": "extended"}
 """What the model after a stage is called, in folders, logs and tables."""
 
 

@@ -12,9 +12,9 @@ from itertools import pairwise
 from trihybrid.report.cache_bytes import cache_bytes, compare
 from trihybrid.report.markup import Markup, decimal, duration, element, join, percent
 from trihybrid.report.reading import Row, RunRecord, finite, number, object_of, rows_of
-from trihybrid.report.stages import KNOWN_STAGES, in_stage_order, stage_style
+from trihybrid.report.stages import KNOWN_STAGES, LATER_STAGES, in_stage_order, stage_style
 
-STUDENT_STAGES = ("operated", "aligned", "matched")
+STUDENT_STAGES = ("operated", "aligned", "matched", *LATER_STAGES)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,12 @@ KNOWN_STAGES: dict[str, StageStyle] = {
         "-",
     ),
 }
+LATER_STAGES: dict[str, StageStyle] = {
+    "extended": StageStyle(
+        "After stage 3 (extended)", "Stage 3 (longer contexts)", "loss (nats per token)", "#009e73", "v", "-"
+    ),
+}
+"""Of runs that have them: no run misses one."""
 COMPACT_STAGES: dict[str, StageStyle] = {
     "train": StageStyle("Trained", "Training", "cross-entropy (nats per token)", "#0072b2", "D", "-"),
     "artifact": StageStyle("Artifact, reloaded", "Artifact", "loss", "#009e73", "s", "-"),
@@ -48,8 +54,9 @@ OTHER_COLOURS = ("#009e73", "#cc79a7", "#e69f00")
 
 def stage_style(stage: str) -> StageStyle:
     """The style of `stage`; a stage that nobody knows goes by its own name in a colour fixed by that name."""
-    if stage in KNOWN_STAGES or stage in COMPACT_STAGES:
-        return {**KNOWN_STAGES, **COMPACT_STAGES}[stage]
+    known = {**KNOWN_STAGES, **LATER_STAGES, **COMPACT_STAGES}
+    if stage in known:
+        return known[stage]
     colour = OTHER_COLOURS[sum(stage.encode()) % len(OTHER_COLOURS)]
     return StageStyle(stage, stage, "loss", colour, "^", "-.")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -33,6 +33,13 @@ class Window:
 def window_of_span(span: Span, size: int) -> Window:
     """The mask for tokens that have nothing before them and no padding among them."""
     return Window(Documents(span.positions_BT, span.borders), size)
+
+
+def linear_sliding(model: PreTrainedModel) -> None:
+    """Let the sliding layers of a student, or of a teacher that a student runs, take O(T window): the same numbers
+    up to rounding. A model that was loaded with another implementation than `sdpa` keeps it."""
+    if model.config._attn_implementation == "sdpa":
+        model.config._attn_implementation = SLIDING
 
 
 def attend(

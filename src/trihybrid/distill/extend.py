@@ -1,0 +1,85 @@
+"""Stage 3: the student learns longer rows from the text itself, without its teacher.
+
+    L = - mean over tokens of log p_S(next token),     p_S = softmax of the softcapped logits
+
+The other way, the KL of stage 2 on longer rows, is `Matching` with an alignment weight of 0.
+Legend: B batch, T time, D model width, N = B T.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from trihybrid.data.packing import Batch
+from trihybrid.distill.fuse import fuse
+from trihybrid.distill.recompute import run_layer
+from trihybrid.distill.trained import roles_of, select
+from trihybrid.models.decoder.language_model import HybridForCausalLM
+from trihybrid.models.decoder.sliding import linear_sliding
+from trihybrid.ops.divergence import VOCABULARY_BLOCK, softcapped_cross_entropy
+
+
+class Extension(nn.Module):
+    """The student's cross-entropy.
+
+    Args:
+        student: what is trained.
+        train: patterns (with *) of the names of parameters that train; all others are frozen.
+        chunk, block: tokens, and words of the vocabulary, whose logits exist at once.
+        checkpointing: recompute layers in the backward pass.
+        kept_layers: with checkpointing, that many layers at the top keep what they computed.
+
+    Raises:
+        ValueError: patterns that match nothing; parts that may not train, or not in this dtype.
+    """
+
+    def __init__(
+        self,
+        student: HybridForCausalLM,
+        train: Sequence[str],
+        chunk: int = 1024,
+        block: int = VOCABULARY_BLOCK,
+        checkpointing: bool = True,
+        kept_layers: int = 0,
+    ) -> None:
+        super().__init__()
+        fuse(student, student)
+        linear_sliding(student)
+        self.student, self.chunk, self.block = student, chunk, block
+        self.trained = select(student, train)
+        self.recomputed = len(student.model.layers) - kept_layers if checkpointing else 0
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean cross-entropy in nats for int64 tokens and positions [B, T] and their next tokens, -100 where none is
+        to be predicted."""
+        model = self.student.model
+        hidden_BTD, stream = model.prepare(input_ids, position_ids=position_ids)
+        for index in range(len(model.layers)):
+            hidden_BTD = run_layer(model, index, hidden_BTD, stream, recompute=index < self.recomputed)
+        return softcapped_cross_entropy(
+            model.norm(hidden_BTD).flatten(0, 1),
+            self.student.lm_head.weight,
+            targets_BT.flatten(),
+            self.student.config.final_logit_softcapping,
+            chunk=self.chunk,
+            block=self.block,
+        )
+
+
+class ExtendTask:
+    """`Extension` as the training loop wants it."""
+
+    def __init__(self, module: Extension) -> None:
+        self.module = module
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self.module.trained
+
+    def roles(self) -> dict[str, str]:
+        return roles_of(self.module.student, self.module.trained)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        return self.module(batch.inputs, batch.positions, batch.targets), {}
+
+    def tokens(self, batch: Batch) -> int:
+        return batch.inputs.numel()
