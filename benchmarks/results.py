@@ -1,6 +1,6 @@
 """Merge the rows that benchmarks left as JSON into docs/results.md.
 
-    python benchmarks/results.py [FOLDER]        FOLDER: benchmarks/rows by default
+python benchmarks/results.py [FOLDER]        FOLDER: benchmarks/rows by default
 """
 
 import argparse
@@ -18,8 +18,31 @@ HEAD = (
 )
 
 
+COSTS = {
+    "distill_e2b": {
+        "step": ("part", "{}"),
+        "rows": ("rows", "{}"),
+        "tokens": ("length", "{:,}"),
+        "layers kept": ("kept", "{}"),
+        "graph": ("graph", "{}"),
+        "ms": ("ms", "{:.0f}"),
+        "tok/s": ("tokens_per_second", "{:,.0f}"),
+        "peak GiB": ("peak_gib", "{:.1f}"),
+        "MFU": ("mfu", "{:.0%}"),
+    },
+    "sliding_gradient": {
+        "tokens": ("length", "{:,}"),
+        "way": ("way", "{}"),
+        "ms": ("ms", "{:.2f}"),
+        "peak bytes": ("peak_bytes", "{:,}"),
+        "error": ("error", "{:.1e}"),
+    },
+}
+"""Benchmark of a cost -> columns, each the field of a row and its format. Its rows lie in distillation/NAME.json."""
+
+
 def main() -> int:
-    """Rewrite the table between the two marks."""
+    """Rewrite the tables between their marks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -30,11 +53,33 @@ def main() -> int:
         parser.error(f"{folder} holds no row (*.json); benchmarks/compact.py leaves them there")
     rows.sort(key=lambda row: row["row"])
     page = ROOT / "docs" / "results.md"
-    before, _, rest = page.read_text().partition(START)
-    after = rest.partition(END)[2]
-    page.write_text(f"{before}{START}\n{HEAD}{''.join(map(compact, rows))}{END}{after}")
-    print(f"{page}: {len(rows)} rows")
+    text = between(page.read_text(), START, END, HEAD + "".join(map(compact, rows)))
+    print(f"{page}: {len(rows)} rows of compact models")
+    for name, columns in COSTS.items():
+        file = folder.parent / "distillation" / f"{name}.json"
+        if not file.exists():
+            print(f"{file}: not there; benchmarks/{name}.py --json leaves it")
+            continue
+        found = json.loads(file.read_text())
+        text = between(text, f"<!-- {name} -->", f"<!-- end of {name} -->", costs(found, columns))
+        print(f"{page}: {len(found)} rows of {name}")
+    page.write_text(text)
     return 0
+
+
+def between(text: str, start: str, end: str, table: str) -> str:
+    """The text with another table between two marks."""
+    before, _, rest = text.partition(start)
+    return f"{before}{start}\n{table}{end}{rest.partition(end)[2]}"
+
+
+def costs(rows: list[dict[str, Any]], columns: dict[str, tuple[str, str]]) -> str:
+    """A table with a line a row; what a row does not have stays empty."""
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    for row in rows:
+        cells = [form.format(row[field]) if field in row else "" for field, form in columns.values()]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def compact(row: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import distill_e2b
 import distill_e2b_models
+import results
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +50,11 @@ def test_targets_name_what_is_missed() -> None:
         "stage 2 at 32,768 tokens: 61.0 GiB, at most 60",
         "stage 2: 0 tok/s in 24 GiB, the target is 18,000",
     ]
+
+
+def test_rows_become_a_table_between_two_marks() -> None:
+    columns = {"tokens": ("length", "{:,}"), "ms": ("ms", "{:.1f}")}
+    table = results.costs([{"length": 4096, "ms": 1.25}, {"length": 8192, "failed": "no"}], columns)
+    assert table == "| tokens | ms |\n|---|---|\n| 4,096 | 1.2 |\n| 8,192 |  |\n"
+    page = results.between("a <here> old <there> z", "<here>", "<there>", table)
+    assert page == f"a <here>\n{table}<there> z"
