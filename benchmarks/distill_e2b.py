@@ -1,6 +1,6 @@
 """What a step of distillation costs in the true shape of Gemma-4 E2B, beside two models with a dense KL in one run.
 
-    python benchmarks/distill_e2b.py [--parts align,match,long,dense] [--kept 16,20,22,24] [--steps 5] [--profile]
+    python benchmarks/distill_e2b.py [--parts align,match,long,dense] [--kept 8,10,12,16] [--steps 5] [--profile]
         [--tiny] [--json FOLDER]
 
 One GPU, bfloat16, random weights, rows without padding or borders; forward, backward, clipping and AdamW on float32

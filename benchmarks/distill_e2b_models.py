@@ -48,7 +48,7 @@ class Setting:
 def e2b() -> Setting:
     """The true shape on a GPU; the student is the card's, RWKV-7 + TICA in all seven global layers."""
     return Setting(
-        load_shape("gemma-4-e2b"), SurgerySection(), (8, 2048), (1, 4096), (1, 32768), (16, 20, 22, 24), 256, 262144, 5,
+        load_shape("gemma-4-e2b"), SurgerySection(), (8, 2048), (1, 4096), (1, 32768), (8, 10, 12, 16), 256, 262144, 5,
         torch.device("cuda"), torch.bfloat16,
     )  # fmt: skip
 

@@ -41,6 +41,9 @@ class Graphed:
     """Loss and gradients by a recording, which is made anew when batches of documents come after some without borders,
     or when they hold many more.
 
+    While it is made, no other gradient graph over the parameters may be alive: its nodes belong to another stream of the
+    device.
+
     Args:
         module: computes the losses.
         parameters: those that train.

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from trihybrid.ops.divergence.tables import Sums
 
 TILE = 1024
+SUM_TILE = 4096
+"""Wide, because one token is one program: with 256 tokens a chunk, two of them on a processor have to keep it busy."""
 
 
 def add_block(
@@ -34,7 +36,7 @@ def add_block(
         student_CB, other_CB, sums.student.top_C, sums.student.sum_C, sums.first_student_C,
         sums.teacher.top_C, sums.teacher.sum_C, sums.first_teacher_C, sums.energy_C, sums.gap_C,
         columns, start, cap or 1.0, 1 / temperature,
-        CAPPED=cap is not None, TEACHER=teacher_CB is not None, TILE=TILE, num_warps=4,
+        CAPPED=cap is not None, TEACHER=teacher_CB is not None, TILE=SUM_TILE, num_warps=8,
     )  # fmt: skip
 
 
