@@ -41,8 +41,7 @@ class Graphed:
     """Loss and gradients by a recording, which is made anew when batches of documents come after some without borders,
     or when they hold many more.
 
-    While it is made, no other gradient graph over the parameters may be alive: its nodes belong to another stream of the
-    device.
+    While it is made, no other gradient graph over the parameters may be alive: its nodes belong to another stream.
 
     Args:
         module: computes the losses.
