@@ -105,7 +105,7 @@ def _forward(
 
     r, log_w, k, v, a, b = (_dense(x) for x in (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK))
     state = None if state_BHKV is None else state_BHKV.contiguous()
-    ready = prepare(r, log_w, k, a, b, _bytes(reset_BT), chunk, gradient=False)
+    ready = prepare(r, log_w, k, a, b, _bytes(reset_BT), chunk, gradient=keep)
     return walk(ready, v, state, keep)
 
 
@@ -154,7 +154,6 @@ def _backward(
     from trihybrid.ops.wkv7.triton.gradient import differentiate
     from trihybrid.ops.wkv7.triton.prepare import prepare
     from trihybrid.ops.wkv7.triton.state import largest_gradient, walk_back
-    from trihybrid.ops.wkv7.triton.sums import sum_values
 
     do, r, log_w, k, v, a, b = (
         _dense(x) for x in (do_BTHV, r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
@@ -164,10 +163,10 @@ def _backward(
     largest_BH = largest_gradient(do, dlast)
     ready = prepare(r, log_w, k, a, b, reset, u_NCV.shape[1], gradient=True)
     dv_BTHV, dfirst_BHKV, dkept_GVK, z_NCV = walk_back(ready, do, dlast, largest_BH, v.dtype)
-    sums = sum_values(ready, v, do, u_NCV, z_NCV, kept_GVK, dkept_GVK, largest_BH)
-    scores = (ready.f_NCC, ready.n_NCC, ready.q_NCC)
-    del ready, dkept_GVK, z_NCV  # before the gradients are allocated
-    dr, dlog_w, dk, da, db = differentiate((r, log_w, k, a, b), reset, scores, sums, largest_BH)
+    del ready  # before the gradients are allocated
+    dr, dlog_w, dk, da, db = differentiate(
+        (r, log_w, k, a, b), v, do, reset, u_NCV, z_NCV, kept_GVK, dkept_GVK, largest_BH
+    )
     return dr, dlog_w, dk, dv_BTHV, da, db, dfirst_BHKV
 
 

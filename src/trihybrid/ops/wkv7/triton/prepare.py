@@ -43,7 +43,7 @@ class Prepared:
     g_NK: Tensor  # float32
     f_NCC: Tensor
     n_NCC: Tensor
-    q_NCC: Tensor
+    e_NCC: Tensor
 
 
 def prepare(
@@ -132,7 +132,7 @@ def _prepare(
     g_NK,
     f_NCC,
     n_NCC,
-    q_NCC,
+    e_NCC,
     length,
     chunks,
     heads,
@@ -207,7 +207,7 @@ def _prepare(
     if GRADIENT:
         tl.store(tile(f_NCC, number, C, C, C), f_CC)
         tl.store(tile(n_NCC, number, C, C, C), n_CC)
-        tl.store(tile(q_NCC, number, C, C, C), q_CC)
+        tl.store(tile(e_NCC, number, C, C, C), tl.dot(q_CC, f_CC).to(tl.float16))
 
     borders = tl.sum(starts_C, 0)
     for key in range(0, K, BLOCK_K):

@@ -42,7 +42,7 @@ def walk(
     last_BHKV = torch.empty(batch, heads, keys, width, device=v_BTHV.device, dtype=torch.float32)
     kept_GVK = half(batch * heads if keep else 0, groups + 1, width, keys)
     u_NCV = half(len(ready.w_NCK) if keep else 0, chunk, width)
-    operands = (ready.w_NCK, ready.b_NCK, ready.r_NCK, ready.k_NCK, ready.p_NCC, ready.g_NK)
+    operands = (ready.w_NCK, ready.b_NCK, ready.r_NCK, ready.k_NCK, ready.p_NCC, ready.g_NK, ready.n_NCC, ready.n_NCC)
     outputs = (o_BTHV, u_NCV, kept_GVK, last_BHKV)
     _launch(operands, v_BTHV, state_BHKV, outputs, None, keep, reverse=False)
     return o_BTHV, last_BHKV, kept_GVK, u_NCV
@@ -61,7 +61,7 @@ def walk_back(
     dfirst_BHKV = torch.empty(batch, heads, keys, width, device=do_BTHV.device, dtype=torch.float32)
     dkept_GVK = half(batch * heads, groups + 1, width, keys)
     z_NCV = half(len(ready.w_NCK), chunk, width)
-    operands = (ready.b_NCK, ready.w_NCK, ready.k_NCK, ready.r_NCK, ready.p_NCC, ready.g_NK)
+    operands = (ready.b_NCK, ready.w_NCK, ready.k_NCK, ready.r_NCK, ready.p_NCC, ready.g_NK, ready.e_NCC, ready.f_NCC)
     outputs = (dv_BTHV, z_NCV, dkept_GVK, dfirst_BHKV)
     _launch(operands, do_BTHV, dlast_BHKV, outputs, largest_BH, True, reverse=True)
     return dv_BTHV, dfirst_BHKV, dkept_GVK, z_NCV
@@ -176,6 +176,8 @@ def _walk(
     write_NCK,
     p_NCC,
     g_NK,
+    along_NCC,
+    f_NCC,
     x,
     first,
     largest,
@@ -254,6 +256,12 @@ def _walk(
         at_y = rows(y + column, y_stride_b, y_stride_t, y_stride_h, batch, head, start, C, BLOCK_V)
         tl.store(at_y, tl.trans(y_VC).to(y.dtype.element_ty), mask=inside_C1)
         if KEEP:
+            along_CC = tl.load(tile(along_NCC, number, C, C, C))
+            if REVERSE:
+                u_VC = tl.dot(u_VC, tl.load(tile(f_NCC, number, C, C, C)))
+                u_VC = tl.dot(x_VC, along_CC, u_VC).to(tl.float16)
+            else:
+                u_VC = tl.dot(x_VC, tl.trans(along_CC), u_VC.to(tl.float32)).to(tl.float16)
             at_u = u_NCV + number * (C * V) + tl.arange(0, C)[:, None] * V + value_V[None, :]
             tl.store(at_u, tl.trans(u_VC))
             # Where this chunk ends, forwards, or starts, a group does.
