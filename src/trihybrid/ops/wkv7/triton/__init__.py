@@ -74,7 +74,7 @@ def wkv7_triton(
             state_BHKV = state_BHKV.masked_fill(reset_BT[:, 0, None, None, None], 0.0)
     tensors = (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, state_BHKV)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    o_BTHV, last_BHKV, _, _ = _forward(*tensors, reset_BT, chunk, keep)
+    o_BTHV, last_BHKV, _, _, _ = _forward(*tensors, reset_BT, chunk, keep)
     return o_BTHV, last_BHKV
 
 
@@ -98,7 +98,7 @@ def _forward(
     reset_BT: Tensor | None,
     chunk: int,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the last state, and the kept states and U, which are empty without `keep`."""
     from trihybrid.ops.wkv7.triton.prepare import prepare
     from trihybrid.ops.wkv7.triton.state import walk
@@ -121,18 +121,23 @@ def _(
     reset_BT: Tensor | None,
     chunk: int,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, length, heads, keys = r_BTHK.shape
     width, lanes = v_BTHV.shape[-1], batch * heads
+    u_NCV, true_u_NCV = (
+        v_BTHV.new_empty(
+            lanes * ((length + chunk - 1) // chunk) if keep else 0, chunk, width, dtype=torch.float16
+        )
+        for _ in range(2)
+    )
     return (
         v_BTHV.new_empty(batch, length, heads, width),
         v_BTHV.new_empty(batch, heads, keys, width, dtype=torch.float32),
         v_BTHV.new_empty(
             lanes if keep else 0, (length + GROUP - 1) // GROUP + 1, width, keys, dtype=torch.float16
         ),
-        v_BTHV.new_empty(
-            lanes * ((length + chunk - 1) // chunk) if keep else 0, chunk, width, dtype=torch.float16
-        ),
+        u_NCV,
+        true_u_NCV,
     )
 
 
@@ -149,11 +154,13 @@ def _backward(
     reset_BT: Tensor | None,
     kept_GVK: Tensor,
     u_NCV: Tensor,
+    true_u_NCV: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, log_w, k, v, a, b in their dtypes, and of the first state, float32."""
     from trihybrid.ops.wkv7.triton.gradient import differentiate
     from trihybrid.ops.wkv7.triton.prepare import prepare
     from trihybrid.ops.wkv7.triton.state import largest_gradient, walk_back
+    from trihybrid.ops.wkv7.triton.sums import sum_values
 
     do, r, log_w, k, v, a, b = (
         _dense(x) for x in (do_BTHV, r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
@@ -162,11 +169,12 @@ def _backward(
     reset = _bytes(reset_BT)
     largest_BH = largest_gradient(do, dlast)
     ready = prepare(r, log_w, k, a, b, reset, u_NCV.shape[1], gradient=True)
-    dv_BTHV, dfirst_BHKV, dkept_GVK, z_NCV = walk_back(ready, do, dlast, largest_BH, v.dtype)
-    del ready  # before the gradients are allocated
-    dr, dlog_w, dk, da, db = differentiate(
-        (r, log_w, k, a, b), v, do, reset, u_NCV, z_NCV, kept_GVK, dkept_GVK, largest_BH
+    dv_BTHV, dfirst_BHKV, dkept_GVK, z_NCV, true_z_NCV = walk_back(ready, do, dlast, largest_BH, v.dtype)
+    sums, scores, e_GK = sum_values(
+        ready, v, do, u_NCV, z_NCV, true_u_NCV, true_z_NCV, kept_GVK, dkept_GVK, largest_BH
     )
+    del ready, dkept_GVK, z_NCV, true_z_NCV  # before the gradients are allocated
+    dr, dlog_w, dk, da, db = differentiate((r, log_w, k, a, b), reset, scores, sums, e_GK, largest_BH)
     return dr, dlog_w, dk, dv_BTHV, da, db, dfirst_BHKV
 
 
@@ -183,6 +191,7 @@ def _(
     reset_BT: Tensor | None,
     kept_GVK: Tensor,
     u_NCV: Tensor,
+    true_u_NCV: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, _, heads, keys = r_BTHK.shape
     like = (x.new_empty(x.shape) for x in (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK))
@@ -192,18 +201,20 @@ def _(
 
 def _keep(ctx, inputs, output) -> None:
     r, log_w, k, v, a, b, state, reset, _, _ = inputs
-    _, _, kept_GVK, u_NCV = output
-    ctx.mark_non_differentiable(kept_GVK, u_NCV)
+    _, _, kept_GVK, u_NCV, true_u_NCV = output
+    ctx.mark_non_differentiable(kept_GVK, u_NCV, true_u_NCV)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(r, log_w, k, v, a, b, reset, kept_GVK, u_NCV)
+    ctx.save_for_backward(r, log_w, k, v, a, b, reset, kept_GVK, u_NCV, true_u_NCV)
     ctx.has_state = state is not None
 
 
-def _differentiate(ctx, do_BTHV, dlast_BHKV, _kept, _u) -> tuple[Tensor | None, ...]:
-    r, log_w, k, v, a, b, reset, kept_GVK, u_NCV = ctx.saved_tensors
+def _differentiate(ctx, do_BTHV, dlast_BHKV, _kept, _u, _true_u) -> tuple[Tensor | None, ...]:
+    r, log_w, k, v, a, b, reset, kept_GVK, u_NCV, true_u_NCV = ctx.saved_tensors
     if do_BTHV is None:
         do_BTHV = torch.zeros_like(v)
-    *gradients, dstate_BHKV = _backward(do_BTHV, dlast_BHKV, r, log_w, k, v, a, b, reset, kept_GVK, u_NCV)
+    *gradients, dstate_BHKV = _backward(
+        do_BTHV, dlast_BHKV, r, log_w, k, v, a, b, reset, kept_GVK, u_NCV, true_u_NCV
+    )
     return *gradients, dstate_BHKV if ctx.has_state else None, None, None, None
 
 

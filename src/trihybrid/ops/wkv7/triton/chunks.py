@@ -58,7 +58,7 @@ def exponents(log_w, starts_C, inside_C1, STEEPEST: tl.constexpr, C: tl.constexp
     w_CK = tl.where(w_CK < STEEPEST, STEEPEST, w_CK)
     early_C1 = (tl.arange(0, C) < C // 2)[:, None]
     middle_1K = tl.sum(tl.where(early_C1, w_CK, 0.0), 0, keep_dims=True)
-    return w_CK, tl.cumsum(w_CK, 0), middle_1K, tl.sum(w_CK, 0, keep_dims=True)
+    return w_CK, running(w_CK, C, False), middle_1K, tl.sum(w_CK, 0, keep_dims=True)
 
 
 @triton.jit
@@ -73,30 +73,12 @@ def pairs(document_C, STRICT: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def columns(x, stride_b, stride_t, stride_h, b, h, t, key_K, COUNT: tl.constexpr):
-    """Pointers [K, COUNT] to the given keys of the tokens from t on; b, h and t are int64."""
-    base = x + b * stride_b + h * stride_h + t * stride_t
-    return base + tl.arange(0, COUNT)[None, :] * stride_t + key_K[:, None]
-
-
-@triton.jit
-def decays(log_w, starts_C, inside_1C, STEEPEST: tl.constexpr, C: tl.constexpr):
-    """log_w as used [K, C], its sum, and m, its sum to the middle of the chunk [K, 1]; float32."""
-    w_KC = tl.load(log_w, mask=inside_1C, other=0.0).to(tl.float32)
-    w_KC = tl.where(starts_C[None, :] > 0, 0.0, w_KC)
-    w_KC = tl.where(w_KC < STEEPEST, STEEPEST, w_KC)
-    early_1C = (tl.arange(0, C) < C // 2)[None, :]
-    middle_K1 = tl.sum(tl.where(early_1C, w_KC, 0.0), 1, keep_dims=True)
-    return w_KC, tl.sum(w_KC, 1, keep_dims=True), middle_K1
-
-
-@triton.jit
-def running(x_KC, C: tl.constexpr, REVERSE: tl.constexpr):
-    """Sums over tokens up to each one, or from each one on, float32, as a product with a triangle of ones: its terms
-    are split in three, so that no digit is lost, and threads need not pass them on."""
+def running(x_CK, C: tl.constexpr, REVERSE: tl.constexpr):
+    """Sums over tokens up to each one, or from each one on, float32, as a product with a triangle of ones: terms are
+    split in three, so that no digit is lost, and no thread waits for another."""
     i_C = tl.arange(0, C)
-    if REVERSE:
-        ones_CC = (i_C[:, None] >= i_C[None, :]).to(tl.float32)
+    if REVERSE:  # noqa: SIM108, since the kernel language has no such expression of blocks
+        ones_CC = i_C[:, None] <= i_C[None, :]
     else:
-        ones_CC = (i_C[:, None] <= i_C[None, :]).to(tl.float32)
-    return tl.dot(x_KC, ones_CC, input_precision="tf32x3")
+        ones_CC = i_C[:, None] >= i_C[None, :]
+    return tl.dot(ones_CC.to(tl.float32), x_CK, input_precision="tf32x3")

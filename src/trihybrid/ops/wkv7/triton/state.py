@@ -24,7 +24,7 @@ from trihybrid.ops.wkv7.triton import GROUP
 from trihybrid.ops.wkv7.triton.chunks import rows, strides, tile
 from trihybrid.ops.wkv7.triton.prepare import Prepared
 
-BLOCK_V, STAGES, SPLIT = 32, 3, 1
+BLOCK_V, STAGES = 32, 3
 VALUES_A_WARP = 16
 ROWS = 128  # tokens that one program searches for the largest gradient
 
@@ -41,11 +41,11 @@ def walk(
     o_BTHV = torch.empty(v_BTHV.shape, device=v_BTHV.device, dtype=v_BTHV.dtype)
     last_BHKV = torch.empty(batch, heads, keys, width, device=v_BTHV.device, dtype=torch.float32)
     kept_GVK = half(batch * heads if keep else 0, groups + 1, width, keys)
-    u_NCV = half(len(ready.w_NCK) if keep else 0, chunk, width)
+    u_NCV, true_NCV = (half(len(ready.w_NCK) if keep else 0, chunk, width) for _ in range(2))
     operands = (ready.w_NCK, ready.b_NCK, ready.r_NCK, ready.k_NCK, ready.p_NCC, ready.g_NK, ready.n_NCC, ready.n_NCC)
-    outputs = (o_BTHV, u_NCV, kept_GVK, last_BHKV)
+    outputs = (o_BTHV, u_NCV, true_NCV, kept_GVK, last_BHKV)
     _launch(operands, v_BTHV, state_BHKV, outputs, None, keep, reverse=False)
-    return o_BTHV, last_BHKV, kept_GVK, u_NCV
+    return o_BTHV, last_BHKV, kept_GVK, u_NCV, true_NCV
 
 
 def walk_back(
@@ -60,36 +60,37 @@ def walk_back(
     dv_BTHV = torch.empty(do_BTHV.shape, device=do_BTHV.device, dtype=dtype)
     dfirst_BHKV = torch.empty(batch, heads, keys, width, device=do_BTHV.device, dtype=torch.float32)
     dkept_GVK = half(batch * heads, groups + 1, width, keys)
-    z_NCV = half(len(ready.w_NCK), chunk, width)
+    z_NCV, true_NCV = (half(len(ready.w_NCK), chunk, width) for _ in range(2))
     operands = (ready.b_NCK, ready.w_NCK, ready.k_NCK, ready.r_NCK, ready.p_NCC, ready.g_NK, ready.e_NCC, ready.f_NCC)
-    outputs = (dv_BTHV, z_NCV, dkept_GVK, dfirst_BHKV)
+    outputs = (dv_BTHV, z_NCV, true_NCV, dkept_GVK, dfirst_BHKV)
     _launch(operands, do_BTHV, dlast_BHKV, outputs, largest_BH, True, reverse=True)
-    return dv_BTHV, dfirst_BHKV, dkept_GVK, z_NCV
+    return dv_BTHV, dfirst_BHKV, dkept_GVK, z_NCV, true_NCV
 
 
 def _launch(
     operands: tuple[Tensor, ...],
     x_BTHV: Tensor,
     first_BHKV: Tensor | None,
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     largest_BH: Tensor | None,
     keep: bool,
     reverse: bool,
 ) -> None:
     batch, length, heads, width = x_BTHV.shape
     _, chunk, keys = operands[0].shape
-    y_BTHV, u_NCV, kept_GVK, last_BHKV = outputs
+    y_BTHV, u_NCV, true_NCV, kept_GVK, last_BHKV = outputs
     block = min(BLOCK_V, width)
-    split = min(SPLIT, keys // 16)
-    (_walk if split == 1 else _walk_split)[(batch * heads * (width // block),)](
+    _walk[(batch * heads * (width // block),)](
         *operands,
         x_BTHV,
         last_BHKV if first_BHKV is None else first_BHKV,
         last_BHKV if largest_BH is None else largest_BH,
         y_BTHV,
         u_NCV,
+        true_NCV,
         kept_GVK,
         last_BHKV,
+        1.0,
         length,
         triton.cdiv(length, chunk),
         heads,
@@ -103,8 +104,7 @@ def _launch(
         K=keys,
         V=width,
         BLOCK_V=block,
-        **({} if split == 1 else {"S": split}),
-        num_warps=max(block // VALUES_A_WARP, 1) if split == 1 else split,
+        num_warps=max(block // VALUES_A_WARP, 1),
         num_stages=STAGES,
     )
 
@@ -185,8 +185,10 @@ def _walk(
     largest,
     y,
     u_NCV,
+    true_NCV,
     kept,
     last,
+    scale,
     length,
     chunks,
     heads,
@@ -215,7 +217,6 @@ def _walk(
     key_K = tl.arange(0, K)
     at_state_VK = lane * (K * V) + key_K[None, :] * V + value_V[:, None]
     at_kept_VK = lane * (groups + 1) * (K * V) + value_V[:, None] * K + key_K[None, :]
-    scale = 1.0
     if REVERSE:
         scale = power(tl.load(largest + lane))
     h_VK = tl.zeros((BLOCK_V, K), tl.float32)
@@ -239,11 +240,10 @@ def _walk(
         back_CK = tl.load(tile(back_NCK, number, C, K, K))
         write_CK = tl.load(tile(write_NCK, number, C, K, K))
         p_CC = tl.load(tile(p_NCC, number, C, C, C))
-        if REVERSE:
-            x_CV = x_CV.to(tl.float32) * scale
-        else:
+        if not REVERSE:
             p_CC = tl.trans(p_CC)
-        x_VC = tl.trans(x_CV.to(tl.float16))
+        # Forwards the scale is 1; without a product the compiler would not fetch x ahead, and the chain would wait.
+        x_VC = tl.trans((x_CV.to(tl.float32) * scale).to(tl.float16))
         half_VK = h_VK.to(tl.float16)
         # With U first the compiler lays all warps along the values, as the chain wants it.
         u_VC = tl.dot(half_VK, tl.trans(across_CK)).to(tl.float16)
@@ -260,12 +260,13 @@ def _walk(
         if KEEP:
             along_CC = tl.load(tile(along_NCC, number, C, C, C))
             if REVERSE:
-                u_VC = tl.dot(u_VC, tl.load(tile(f_NCC, number, C, C, C)))
-                u_VC = tl.dot(x_VC, along_CC, u_VC).to(tl.float16)
+                true_VC = tl.dot(u_VC, tl.load(tile(f_NCC, number, C, C, C)))
+                true_VC = tl.dot(x_VC, along_CC, true_VC).to(tl.float16)
             else:
-                u_VC = tl.dot(x_VC, tl.trans(along_CC), u_VC.to(tl.float32)).to(tl.float16)
-            at_u = u_NCV + number * (C * V) + tl.arange(0, C)[:, None] * V + value_V[None, :]
-            tl.store(at_u, tl.trans(u_VC))
+                true_VC = tl.dot(x_VC, tl.trans(along_CC), u_VC.to(tl.float32)).to(tl.float16)
+            at_CV = number * (C * V) + tl.arange(0, C)[:, None] * V + value_V[None, :]
+            tl.store(u_NCV + at_CV, tl.trans(u_VC))
+            tl.store(true_NCV + at_CV, tl.trans(true_VC))
             # Where this chunk ends, forwards, or starts, a group does.
             if REVERSE:
                 at_border = chunk % GROUP_CHUNKS == 0
@@ -276,101 +277,3 @@ def _walk(
             if at_border:
                 tl.store(kept + at_kept_VK + border.to(tl.int64) * (K * V), h_VK.to(tl.float16))
     tl.store(last + at_state_VK, h_VK / scale)
-
-
-@triton.jit
-def _parts(x, index, C: tl.constexpr, K: tl.constexpr, S: tl.constexpr):
-    """Pointers [S, C, K / S] to a dense tile [C, K]."""
-    part: tl.constexpr = K // S
-    at = x + index * (C * K) + tl.arange(0, C)[None, :, None] * K
-    return at + tl.arange(0, S)[:, None, None] * part + tl.arange(0, part)[None, None, :]
-
-
-@triton.jit
-def _walk_split(
-    across_NCK, back_NCK, read_NCK, write_NCK, p_NCC, g_NK, along_NCC, f_NCC, x, first, largest, y, u_NCV, kept, last,
-    length, chunks, heads, x_stride_b, x_stride_t, x_stride_h, y_stride_b, y_stride_t, y_stride_h,
-    HAS_FIRST: tl.constexpr, KEEP: tl.constexpr, REVERSE: tl.constexpr, GROUP_CHUNKS: tl.constexpr, C: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
-    """As `_walk`, with the keys of a state dealt out to S groups of warps; L is K / S."""
-    blocks: tl.constexpr = V // BLOCK_V
-    L: tl.constexpr = K // S
-    lane = (tl.program_id(0) // blocks).to(tl.int64)
-    batch, head = lane // heads, lane % heads
-    column = tl.program_id(0) % blocks * BLOCK_V
-    groups = tl.cdiv(chunks, GROUP_CHUNKS)
-    value_V = column + tl.arange(0, BLOCK_V)
-    key_SL = tl.arange(0, S)[:, None] * L + tl.arange(0, L)[None, :]
-    at_state_SVL = lane * (K * V) + key_SL[:, None, :] * V + value_V[None, :, None]
-    at_kept_SVL = lane * (groups + 1) * (K * V) + value_V[None, :, None] * K + key_SL[:, None, :]
-    scale = 1.0
-    if REVERSE:
-        scale = power(tl.load(largest + lane))
-    h_SVL = tl.zeros((S, BLOCK_V, L), tl.float32)
-    if HAS_FIRST:
-        h_SVL += tl.load(first + at_state_SVL) * scale
-    if KEEP:
-        border = groups if REVERSE else 0
-        tl.store(kept + at_kept_SVL + tl.cast(border, tl.int64) * (K * V), h_SVL.to(tl.float16))
-    # What the next step multiplies is fetched in this one, by hand: the compiler fetches no three-dimensional tiles ahead.
-    start_chunk = chunks - 1 if REVERSE else 0
-    number = lane * chunks + start_chunk
-    at_gate_SL = g_NK + lane * chunks * K + key_SL
-    gate_SL = tl.load(at_gate_SL + start_chunk * K)
-    across_SCL = tl.load(_parts(across_NCK, number, C, K, S))
-    read_SCL = tl.load(_parts(read_NCK, number, C, K, S))
-    back_SCL = tl.load(_parts(back_NCK, number, C, K, S))
-    write_SCL = tl.load(_parts(write_NCK, number, C, K, S))
-    for step in range(chunks):
-        chunk = chunks - 1 - step if REVERSE else step
-        number = lane * chunks + chunk
-        # The last step fetches its own operands once more.
-        later = tl.maximum(chunk - 1, 0) if REVERSE else tl.minimum(chunk + 1, chunks - 1)
-        later_SL = tl.load(at_gate_SL + later * K)
-        across_later = tl.load(_parts(across_NCK, lane * chunks + later, C, K, S))
-        read_later = tl.load(_parts(read_NCK, lane * chunks + later, C, K, S))
-        back_later = tl.load(_parts(back_NCK, lane * chunks + later, C, K, S))
-        write_later = tl.load(_parts(write_NCK, lane * chunks + later, C, K, S))
-        start = tl.cast(chunk, tl.int64) * C
-        inside_C1 = (start + tl.arange(0, C) < length)[:, None]
-        at_x = rows(x + column, x_stride_b, x_stride_t, x_stride_h, batch, head, start, C, BLOCK_V)
-        x_CV = tl.load(at_x, mask=inside_C1, other=0.0)
-        p_CC = tl.load(tile(p_NCC, number, C, C, C))
-        if REVERSE:
-            x_CV = x_CV.to(tl.float32) * scale
-        else:
-            p_CC = tl.trans(p_CC)
-        x_VC = tl.trans(x_CV.to(tl.float16))
-        half_SVL = h_SVL.to(tl.float16)
-        u_VC = tl.sum(tl.dot(half_SVL, tl.trans(across_SCL, 0, 2, 1)), 0).to(tl.float16)
-        h_SVL *= gate_SL[:, None, :]
-        gate_SL = later_SL
-        across_SCL = across_later
-        h_SVL = tl.dot(tl.broadcast_to(x_VC[None, :, :], (S, BLOCK_V, C)), write_SCL, h_SVL)
-        h_SVL = tl.dot(tl.broadcast_to(u_VC[None, :, :], (S, BLOCK_V, C)), back_SCL, h_SVL)
-        y_VC = tl.sum(tl.dot(half_SVL, tl.trans(read_SCL, 0, 2, 1)), 0)
-        y_VC += tl.dot(x_VC, p_CC)
-        read_SCL, back_SCL, write_SCL = read_later, back_later, write_later
-        if REVERSE:
-            y_VC = y_VC / scale
-        at_y = rows(y + column, y_stride_b, y_stride_t, y_stride_h, batch, head, start, C, BLOCK_V)
-        tl.store(at_y, tl.trans(y_VC).to(y.dtype.element_ty), mask=inside_C1)
-        if KEEP:
-            along_CC = tl.load(tile(along_NCC, number, C, C, C))
-            if REVERSE:
-                u_VC = tl.dot(u_VC, tl.load(tile(f_NCC, number, C, C, C)))
-                u_VC = tl.dot(x_VC, along_CC, u_VC).to(tl.float16)
-            else:
-                u_VC = tl.dot(x_VC, tl.trans(along_CC), u_VC.to(tl.float32)).to(tl.float16)
-            at_u = u_NCV + number * (C * V) + tl.arange(0, C)[:, None] * V + value_V[None, :]
-            tl.store(at_u, tl.trans(u_VC))
-            if REVERSE:
-                at_border = chunk % GROUP_CHUNKS == 0
-                border = chunk // GROUP_CHUNKS
-            else:
-                at_border = (chunk % GROUP_CHUNKS == GROUP_CHUNKS - 1) | (chunk == chunks - 1)
-                border = chunk // GROUP_CHUNKS + 1
-            if at_border:
-                tl.store(kept + at_kept_SVL + border.to(tl.int64) * (K * V), h_SVL.to(tl.float16))
-    tl.store(last + at_state_SVL, h_SVL / scale)

@@ -30,16 +30,18 @@ def sum_values(
     do_BTHV: Tensor,
     u_NCV: Tensor,
     z_NCV: Tensor,
+    true_u_NCV: Tensor,
+    true_z_NCV: Tensor,
     kept_GVK: Tensor,
     dkept_GVK: Tensor,
     largest_BH: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """dR*, dW, dK*, dB^ [N, C, K] and dP* [N, C, C] (all its entries) in float16, e [B H, groups, K] in float32; all
     times the scale."""
     _, chunk, keys = ready.w_NCK.shape
     lanes, borders = kept_GVK.shape[:2]
     dr, dw, dk, db = (torch.empty_like(ready.w_NCK) for _ in range(4))
-    dp_NCC = torch.empty_like(ready.p_NCC)
+    scores_4NCC = torch.empty(4, *ready.p_NCC.shape, device=v_BTHV.device, dtype=torch.float16)
     e_GK = torch.empty(lanes, borders - 1, keys, device=v_BTHV.device, dtype=torch.float32)
     _, length, heads, width = v_BTHV.shape
     block = min(BLOCK_K, keys)
@@ -49,7 +51,7 @@ def sum_values(
             (kept_GVK, kept_GVK),
             (do_BTHV, v_BTHV),
             (ready.k_NCK, ready.b_NCK),
-            (z_NCV, u_NCV),
+            (true_z_NCV, u_NCV),
             (dr, dw),
         ),
         (
@@ -57,7 +59,7 @@ def sum_values(
             (dkept_GVK, kept_GVK),
             (v_BTHV, do_BTHV),
             (ready.r_NCK, ready.w_NCK),
-            (u_NCV, z_NCV),
+            (true_u_NCV, z_NCV),
             (dk, db),
         ),
     ):
@@ -70,7 +72,8 @@ def sum_values(
             ready.g_NK,
             largest_BH,
             *outputs,
-            dp_NCC,
+            true_u_NCV,
+            *scores_4NCC,
             e_GK,
             length,
             triton.cdiv(length, chunk),
@@ -86,7 +89,7 @@ def sum_values(
             num_warps=block // KEYS_A_WARP,
             num_stages=STAGES,
         )
-    return dr, dw, dk, db, dp_NCC, e_GK
+    return (dr, dw, dk, db), scores_4NCC, e_GK
 
 
 @triton.jit
@@ -133,7 +136,11 @@ def _sum(
     largest,
     dread_NCK,
     dacross_NCK,
-    dp_NCC,
+    true_u_NCV,
+    zu_NCC,
+    zv_NCC,
+    ou_NCC,
+    ov_NCC,
     e_GK,
     length,
     chunks,
@@ -210,5 +217,9 @@ def _sum(
         tl.store(dacross_NCK + at_CK, tl.trans(dacross_KC).to(tl.float16))
         if not REVERSE:  # noqa: SIM102, since a constant decides about this one alone
             if block == 0:
-                dp_CC = tl.dot(x_CV, tl.trans(other_CV))
-                tl.store(tile(dp_NCC, number, C, C, C), dp_CC.to(tl.float16))
+                u_VC = tl.trans(tl.load(tile(true_u_NCV, number, C, V, V)))
+                v_VC = tl.trans(other_CV)
+                tl.store(tile(zu_NCC, number, C, C, C), tl.dot(along_CV, u_VC).to(tl.float16))
+                tl.store(tile(zv_NCC, number, C, C, C), tl.dot(along_CV, v_VC).to(tl.float16))
+                tl.store(tile(ou_NCC, number, C, C, C), tl.dot(x_CV, u_VC).to(tl.float16))
+                tl.store(tile(ov_NCC, number, C, C, C), tl.dot(x_CV, v_VC).to(tl.float16))
