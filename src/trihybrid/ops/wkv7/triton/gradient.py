@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trihybrid.ops.wkv7.triton.chunks import documents, exponents, pairs, rows, running, steepest, strides, tile
+from trihybrid.ops.wkv7.triton.chunks import BITS, documents, exponents, inside, pairs, rows, running, steepest, strides, tile
 from trihybrid.ops.wkv7.triton.state import GROUP, power
 
 BLOCK_K, WARPS, STAGES = 32, 1, 1  # one warp for the reason given in `prepare`
@@ -56,6 +56,7 @@ def differentiate(
         *(stride for x in inputs for stride in strides(x)),
         STEEPEST=steepest(chunk),
         HAS_RESET=reset_BT is not None,
+        WHOLE=length % chunk == 0,
         GROUP_CHUNKS=GROUP // chunk,
         C=chunk,
         K=keys,
@@ -109,6 +110,7 @@ def _differentiate(
     b_stride_h,
     STEEPEST: tl.constexpr,
     HAS_RESET: tl.constexpr,
+    WHOLE: tl.constexpr,
     GROUP_CHUNKS: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
@@ -124,7 +126,7 @@ def _differentiate(
     group, batch = rest % groups, rest // groups
     lane = batch * heads + head
     back = 1.0 / power(tl.load(largest + lane))
-    e_1K = tl.load(e_GK + (lane * groups + group) * K + key + tl.arange(0, BLOCK_K))[None, :]
+    e_1K = back * tl.load(e_GK + (lane * groups + group) * K + key + tl.arange(0, BLOCK_K))[None, :]
     first = (group * GROUP_CHUNKS).to(tl.int32)
     count = tl.minimum(GROUP_CHUNKS, chunks - first)
     # Nothing is moved out of the loop: registers are few.
@@ -132,7 +134,7 @@ def _differentiate(
         chunk = first + count - 1 - step
         number = lane * chunks + chunk
         start = chunk.to(tl.int64) * C
-        inside_C1 = (start + tl.arange(0, C) < length)[:, None]
+        inside_C1 = inside(start, length, C, WHOLE)
         starts_C, document_C = documents(reset, batch, start, length, C, HAS_RESET)
         at_w = rows(log_w + key, w_stride_b, w_stride_t, w_stride_h, batch, head, start, C, BLOCK_K)
         at_r = rows(r + key, r_stride_b, r_stride_t, r_stride_h, batch, head, start, C, BLOCK_K)
@@ -141,54 +143,54 @@ def _differentiate(
         at_b = rows(b + key, b_stride_b, b_stride_t, b_stride_h, batch, head, start, C, BLOCK_K)
         w_CK, c_CK, middle_1K, total_1K = exponents(at_w, starts_C, inside_C1, STEEPEST, C)
         c_CK -= middle_1K
-        enter_CK = tl.exp(middle_1K)
-        leave_CK = tl.exp(total_1K - middle_1K)
+        enter_CK = tl.exp2(middle_1K) * back
+        leave_CK = tl.exp2(total_1K - middle_1K) * back
         if HAS_RESET:
             enter_CK = tl.where((document_C == 0)[:, None], enter_CK, 0.0)
             leave_CK = tl.where((document_C == tl.sum(starts_C, 0))[:, None], leave_CK, 0.0)
-        grow_CK = tl.exp(c_CK - w_CK)
-        fall_CK = tl.exp(c_CK)
-        rise_CK = tl.exp(-c_CK)
+        grow_CK = tl.exp2(c_CK - w_CK * BITS)
+        fall_CK = tl.exp2(c_CK)
+        rise_CK = tl.exp2(-c_CK)
         a_CK = tl.load(at_a, mask=inside_C1, other=0.0).to(tl.float32) * grow_CK
         r_CK = tl.load(at_r, mask=inside_C1, other=0.0).to(tl.float32) * fall_CK
         b_CK = tl.load(at_b, mask=inside_C1, other=0.0).to(tl.float32) * rise_CK
         k_CK = tl.load(at_k, mask=inside_C1, other=0.0).to(tl.float32) * rise_CK
         strict_CC = pairs(document_C, True, C)
         loose_CC = pairs(document_C, False, C)
-        zu_CC = tl.where(strict_CC, tl.load(tile(zu_NCC, number, C, C, C)).to(tl.float32), 0.0)
-        zv_CC = tl.where(strict_CC, tl.load(tile(zv_NCC, number, C, C, C)).to(tl.float32), 0.0)
-        ou_CC = tl.where(loose_CC, tl.load(tile(ou_NCC, number, C, C, C)).to(tl.float32), 0.0)
-        ov_CC = tl.where(loose_CC, tl.load(tile(ov_NCC, number, C, C, C)).to(tl.float32), 0.0)
+        zu_CC = tl.where(strict_CC, tl.load(tile(zu_NCC, number, C, C, C)).to(tl.float32) * back, 0.0)
+        zv_CC = tl.where(strict_CC, tl.load(tile(zv_NCC, number, C, C, C)).to(tl.float32) * back, 0.0)
+        ou_CC = tl.where(loose_CC, tl.load(tile(ou_NCC, number, C, C, C)).to(tl.float32) * back, 0.0)
+        ov_CC = tl.where(loose_CC, tl.load(tile(ov_NCC, number, C, C, C)).to(tl.float32) * back, 0.0)
         at_out = ((batch * length + start) * heads + head) * K + key
         at_out += tl.arange(0, C)[:, None] * (heads * K) + tl.arange(0, BLOCK_K)[None, :]
 
         da_CK = tl.load(tile(da_NCK, number, C, K, BLOCK_K) + key).to(tl.float32) * enter_CK
         da_CK = tl.dot(zu_CC, b_CK, da_CK, input_precision="tf32")
         da_CK = tl.dot(zv_CC, k_CK, da_CK, input_precision="tf32")
-        tl.store(da + at_out, (da_CK * grow_CK * back).to(da.dtype.element_ty), mask=inside_C1)
+        tl.store(da + at_out, (da_CK * grow_CK).to(da.dtype.element_ty), mask=inside_C1)
         da_CK *= a_CK
 
         dr_CK = tl.load(tile(dr_NCK, number, C, K, BLOCK_K) + key).to(tl.float32) * enter_CK
         dr_CK = tl.dot(ou_CC, b_CK, dr_CK, input_precision="tf32")
         dr_CK = tl.dot(ov_CC, k_CK, dr_CK, input_precision="tf32")
-        tl.store(dr + at_out, (dr_CK * fall_CK * back).to(dr.dtype.element_ty), mask=inside_C1)
+        tl.store(dr + at_out, (dr_CK * fall_CK).to(dr.dtype.element_ty), mask=inside_C1)
         moved_CK = da_CK + r_CK * dr_CK
 
         db_CK = tl.load(tile(db_NCK, number, C, K, BLOCK_K) + key).to(tl.float32) * leave_CK
         db_CK = tl.dot(tl.trans(zu_CC), a_CK, db_CK, input_precision="tf32")
         db_CK = tl.dot(tl.trans(ou_CC), r_CK, db_CK, input_precision="tf32")
-        tl.store(db + at_out, (db_CK * rise_CK * back).to(db.dtype.element_ty), mask=inside_C1)
+        tl.store(db + at_out, (db_CK * rise_CK).to(db.dtype.element_ty), mask=inside_C1)
         moved_CK -= b_CK * db_CK
 
         dk_CK = tl.load(tile(dk_NCK, number, C, K, BLOCK_K) + key).to(tl.float32) * leave_CK
         dk_CK = tl.dot(tl.trans(zv_CC), a_CK, dk_CK, input_precision="tf32")
         dk_CK = tl.dot(tl.trans(ov_CC), r_CK, dk_CK, input_precision="tf32")
-        tl.store(dk + at_out, (dk_CK * rise_CK * back).to(dk.dtype.element_ty), mask=inside_C1)
+        tl.store(dk + at_out, (dk_CK * rise_CK).to(dk.dtype.element_ty), mask=inside_C1)
         moved_CK -= k_CK * dk_CK
 
-        dlog_w_CK = running(moved_CK, C, True) - da_CK + e_1K
+        dlog_w_CK = running(moved_CK, C, True, False) - da_CK + e_1K
         e_1K += tl.sum(moved_CK, 0, keep_dims=True)
         # The first token of a document decays nothing, and what is steeper than the steepest acts like it.
         still_CK = (starts_C[:, None] > 0) | (w_CK <= STEEPEST)
-        dlog_w_CK = tl.where(still_CK, 0.0, dlog_w_CK * back)
+        dlog_w_CK = tl.where(still_CK, 0.0, dlog_w_CK)
         tl.store(dlog_w + at_out, dlog_w_CK.to(dlog_w.dtype.element_ty), mask=inside_C1)

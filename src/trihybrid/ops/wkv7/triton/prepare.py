@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trihybrid.ops.wkv7.triton.chunks import documents, exponents, pairs, rows, steepest, strides, tile
+from trihybrid.ops.wkv7.triton.chunks import BITS, documents, exponents, inside, pairs, rows, steepest, strides, tile
 
 # A program is one warp, so that nothing waits for other warps, and takes keys in blocks, twice, to need few registers.
 BLOCK_K, WARPS, STAGES = 32, 1, 2
@@ -90,6 +90,7 @@ def prepare(
         *strides(b_BTHK),
         STEEPEST=steepest(chunk),
         HAS_RESET=reset_BT is not None,
+        WHOLE=length % chunk == 0,
         GRADIENT=gradient,
         C=chunk,
         K=width,
@@ -153,6 +154,7 @@ def _prepare(
     b_stride_h,
     STEEPEST: tl.constexpr,
     HAS_RESET: tl.constexpr,
+    WHOLE: tl.constexpr,
     GRADIENT: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
@@ -165,9 +167,8 @@ def _prepare(
     chunk, batch = rest % chunks, rest // chunks
     number = (batch * heads + head) * chunks + chunk
     start = chunk * C
-    inside_C = start + tl.arange(0, C) < length
+    inside_C1 = inside(start, length, C, WHOLE)
     starts_C, document_C = documents(reset, batch, start, length, C, HAS_RESET)
-    inside_C1 = inside_C[:, None]
     log_w = rows(log_w, w_stride_b, w_stride_t, w_stride_h, batch, head, start, C, BLOCK_K)
     r = rows(r, r_stride_b, r_stride_t, r_stride_h, batch, head, start, C, BLOCK_K)
     k = rows(k, k_stride_b, k_stride_t, k_stride_h, batch, head, start, C, BLOCK_K)
@@ -185,9 +186,9 @@ def _prepare(
         r_CK = tl.load(r + key, mask=inside_C1, other=0.0).to(tl.float32)
         w_CK, c_CK, middle_1K, _ = exponents(log_w + key, starts_C, inside_C1, STEEPEST, C)
         c_CK -= middle_1K
-        rise_CK = tl.exp(-c_CK)
-        a_CK *= tl.exp(c_CK - w_CK)
-        r_CK *= tl.exp(c_CK)
+        rise_CK = tl.exp2(-c_CK)
+        a_CK *= tl.exp2(c_CK - w_CK * BITS)
+        r_CK *= tl.exp2(c_CK)
         b_KC = tl.trans(b_CK * rise_CK)
         k_KC = tl.trans(k_CK * rise_CK)
         l_CC = tl.dot(a_CK, b_KC, l_CC, input_precision="tf32")
@@ -216,10 +217,10 @@ def _prepare(
         k_CK = tl.load(k + key, mask=inside_C1, other=0.0).to(tl.float32)
         r_CK = tl.load(r + key, mask=inside_C1, other=0.0).to(tl.float32)
         w_CK, c_CK, _, total_1K = exponents(log_w + key, starts_C, inside_C1, STEEPEST, C)
-        leave_CK = tl.exp(total_1K - c_CK)
-        r_CK *= tl.exp(c_CK)
-        a_CK *= tl.exp(c_CK - w_CK)
-        gate_1K = tl.exp(total_1K)
+        leave_CK = tl.exp2(total_1K - c_CK)
+        r_CK *= tl.exp2(c_CK)
+        a_CK *= tl.exp2(c_CK - w_CK * BITS)
+        gate_1K = tl.exp2(total_1K)
         if HAS_RESET:
             r_CK = tl.where((document_C == 0)[:, None], r_CK, 0.0)
             a_CK = tl.where((document_C == 0)[:, None], a_CK, 0.0)
