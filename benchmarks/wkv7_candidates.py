@@ -1,11 +1,12 @@
-"""Candidate forms of the WKV-7 kernels, each checked and timed: one call on a GPU, under 150 s.
+"""Candidate forms of the WKV-7 kernels, each checked and timed: one call on a GPU, under 65 s.
 
-    python benchmarks/wkv7_candidates.py [--only walk,gradient]
+    python benchmarks/wkv7_candidates.py
 
 Candidates are compiled side by side in processes first. Times are medians from a cold cache, at B=1 T=4096 H=32 D=128.
+The best of each kernel makes the whole, beside the old form (wkv7_old).
 """
 
-import argparse
+import importlib
 import multiprocessing
 import sys
 import time
@@ -21,28 +22,47 @@ DEVICE = "cuda"
 SHAPE = (1, 4096, 32, 128)
 ROOM = "trihybrid.ops.wkv7.triton"
 
-WALKS = [  # chunk, BLOCK_V, VALUES_A_WARP, STAGES, SPLIT
-    (16, 32, 16, 3, 1),
-    (16, 32, 8, 3, 1),
-    (16, 32, 4, 3, 1),
-    (16, 16, 16, 3, 1),
-    (16, 64, 16, 3, 1),
-    (16, 32, 16, 3, 8),
-    (32, 32, 16, 3, 1),
-    (32, 32, 8, 3, 1),
-    (32, 64, 16, 3, 1),
-    (64, 32, 8, 2, 1),
-    (64, 32, 4, 2, 1),
-    (64, 64, 16, 2, 1),
-    (64, 128, 16, 2, 1),
-]
-PREPARES = [(16, 32, 1), (16, 64, 2), (16, 128, 4), (32, 32, 1), (32, 64, 4)]  # chunk, BLOCK_K, WARPS
-GRADIENTS = [(64, 4, 1), (64, 4, 2), (64, 8, 1), (32, 2, 1), (32, 4, 1), (128, 8, 1)]  # BLOCK_K, WARPS, STAGES
+# The module constants of each kernel, and what to try.
+KNOBS = {
+    "prepare": ("BLOCK_K", "WARPS", "STAGES", "REGISTERS"),
+    "state": ("BLOCK_V", "STAGES"),
+    "sums": ("BLOCK_K", "STAGES"),
+    "gradient": ("BLOCK_K", "WARPS", "STAGES", "REGISTERS"),
+}
+TRIED = {
+    "prepare": [
+        (32, 1, 2, None),
+        (32, 1, 2, 168),
+        (32, 1, 1, None),
+        (16, 1, 2, None),
+        (16, 1, 2, 128),
+    ],
+    "state": [(32, 3), (32, 4), (32, 6)],
+    "sums": [(64, 3), (64, 2), (128, 3), (32, 3)],
+    "gradient": [
+        (32, 1, 1, None),
+        (32, 1, 1, 168),
+        (32, 1, 1, 128),
+        (16, 1, 1, None),
+        (16, 1, 1, 128),
+        (64, 2, 1, 168),
+        (128, 4, 1, 168),
+        (32, 1, 2, 168),
+    ],
+}
+WHOLE = ("old", "kept", "prepared again")
 
 
-def candidates() -> list[tuple[str, tuple[int, ...]]]:
-    found = [("walk", x) for x in WALKS] + [("prepare", x) for x in PREPARES]
-    return found + [("gradient", x) for x in GRADIENTS] + [("whole", ())]
+def candidates():
+    """(kind, settings) of everything."""
+    return [(kind, x) for kind, tried in TRIED.items() for x in tried] + [("whole", x) for x in WHOLE]
+
+
+def choose(kind, settings):
+    """Set the constants of a kernel."""
+    module = importlib.import_module(f"{ROOM}.{kind}")
+    for name, value in zip(KNOBS[kind], settings, strict=True):
+        setattr(module, name, value)
 
 
 def inputs(shape):
@@ -52,84 +72,55 @@ def inputs(shape):
     return tokens, make_weights(shape, tokens[3])[0]
 
 
-def prepared(shape, chunk):
-    """Random operands of `walk`, of a size that keeps states finite."""
-    from trihybrid.ops.wkv7.triton.prepare import Prepared
-
-    batch, length, heads, width = shape
-    count = batch * heads * -(-length // chunk)
-
-    def half(*sizes):
-        return (0.03 * torch.randn(*sizes, device=DEVICE)).half()
-
-    wide = [half(count, chunk, width) for _ in range(4)]
-    gate = torch.full((count, width), 0.9, device=DEVICE)
-    return Prepared(*wide, half(count, chunk, chunk), gate, *(half(count, chunk, chunk) for _ in range(3)))
-
-
 def calls(kind, settings, shape):
     """(what, function) pairs of a candidate."""
-    import trihybrid.ops.wkv7.triton.gradient as gradient
-    import trihybrid.ops.wkv7.triton.prepare as prepare
-    import trihybrid.ops.wkv7.triton.state as state
+    import trihybrid.ops.wkv7.triton as room
+    from trihybrid.ops.wkv7.triton import gradient, prepare, state, sums
 
     (r, w, k, v, a, b), do = inputs(shape)
-    if kind == "walk":
-        chunk, state.BLOCK_V, state.VALUES_A_WARP, state.STAGES, state.SPLIT = settings
-        ready = prepared(shape, chunk)
-        largest = state.largest_gradient(do, None)
-        yield "forward", lambda: state.walk(ready, v, None, False)
-        yield "forward, kept", lambda: state.walk(ready, v, None, True)
-        yield "backward", lambda: state.walk_back(ready, do, None, largest, v.dtype)
-        yield "largest", lambda: state.largest_gradient(do, None)
-    elif kind == "prepare":
-        chunk, prepare.BLOCK_K, prepare.WARPS = settings
-        yield "forward", lambda: prepare.prepare(r, w, k, a, b, None, chunk, False)
-        yield "kept", lambda: prepare.prepare(r, w, k, a, b, None, chunk, True)
-    elif kind == "gradient":
-        gradient.BLOCK_K, gradient.WARPS, gradient.STAGES = settings
-        ready = prepare.prepare(r, w, k, a, b, None, 16, True)
-        _, _, kept, u = state.walk(ready, v, None, True)
-        largest = state.largest_gradient(do, None)
-        _, _, dkept, z = state.walk_back(ready, do, None, largest, v.dtype)
-        yield (
-            "gradient",
-            lambda: gradient.differentiate((r, w, k, a, b), v, do, None, u, z, kept, dkept, largest),
-        )
-    else:
-        from trihybrid.ops.wkv7.triton import wkv7_triton
-
+    if kind == "whole":
+        operator = room.wkv7_triton
+        if settings == "old":
+            from wkv7_old import wkv7_triton as operator
+        else:
+            room.KEEP_PREPARED = settings == "kept"
         leaves = [x.detach().requires_grad_() for x in (r, w, k, v, a, b)]
 
         def forward():
             with torch.no_grad():
-                return wkv7_triton(*leaves)
+                return operator(*leaves)
 
         yield "forward", forward
-        yield "both", lambda: torch.autograd.grad(wkv7_triton(*leaves)[0], leaves, do)
+        yield "both", lambda: torch.autograd.grad(operator(*leaves)[0], leaves, do)
+        return
+    choose(kind, settings)
+    if kind == "prepare":
+        yield "forward", lambda: prepare.prepare(r, w, k, a, b, None, 16, False)
+        yield "kept", lambda: prepare.prepare(r, w, k, a, b, None, 16, True)
+        return
+    ready = prepare.prepare(r, w, k, a, b, None, 16, True)
+    largest = state.largest_gradient(do, None)
+    if kind == "state":
+        yield "forward", lambda: state.walk(ready, v, None, False)
+        yield "kept", lambda: state.walk(ready, v, None, True)
+        yield "backward", lambda: state.walk_back(ready, do, None, largest, v.dtype)
+        return
+    _, _, kept, u, true_u = state.walk(ready, v, None, True)
+    _, _, dkept, z, true_z = state.walk_back(ready, do, None, largest, v.dtype)
 
+    def sum_values():
+        return sums.sum_values(ready, v, do, u, z, true_u, true_z, kept, dkept, largest)
 
-def defaults():
-    """Back to what the modules say."""
-    import importlib
-
-    for name in ("prepare", "state", "gradient"):
-        if f"{ROOM}.{name}" in sys.modules:
-            module = sys.modules[f"{ROOM}.{name}"]
-            for key, value in KNOBS.get(name, {}).items():
-                setattr(module, key, value)
-        else:
-            module = importlib.import_module(f"{ROOM}.{name}")
-            KNOBS[name] = {k: v for k, v in vars(module).items() if k.isupper() and isinstance(v, int)}
-
-
-KNOBS: dict[str, dict[str, int]] = {}
+    if kind == "sums":
+        yield "sums", sum_values
+        return
+    found, scores, e = sum_values()
+    yield "gradient", lambda: gradient.differentiate((r, w, k, a, b), None, scores, found, e, largest)
 
 
 def compile_one(candidate):
     """Run a candidate once, which leaves its kernels in the cache on disk."""
     try:
-        defaults()
         for _, call in calls(*candidate, SHAPE):
             call()
         torch.cuda.synchronize()
@@ -151,10 +142,10 @@ def check():
         print(f"{kind:14} {shape} " + " ".join(f"{n} {e:.1e}" for n, e in found.items()), flush=True)
 
     for kind in KINDS:
-        shape = (2, 333, 2, 128)
+        shape = (2, 150, 2, 128)
         given = make_inputs(kind, shape, 0, DEVICE, torch.bfloat16)
-        show(kind, shape, given, torch.rand(2, 333, device=DEVICE) < 0.02 if kind == "slow_decay" else None)
-    shape = (1, 4096, 4, 128)
+        show(kind, shape, given, torch.rand(2, 150, device=DEVICE) < 0.02 if kind == "slow_decay" else None)
+    shape = (1, 2304, 4, 128)
     show("random", shape, make_inputs("random", shape, 1, DEVICE, torch.bfloat16), None)
 
 
@@ -163,79 +154,86 @@ def first_lines(text):
     return " / ".join(x.strip()[:160] for x in (lines[-6:] if len(lines) > 6 else lines))
 
 
+def timed(candidate, shape=SHAPE):
+    """Print the times of a candidate, and return their sum in ms; infinity when it fails."""
+    from triton.testing import do_bench
+
+    try:
+        times = {
+            what: do_bench(call, warmup=10, rep=60, return_mode="median")
+            for what, call in calls(*candidate, shape)
+        }
+        listed = ", ".join(f"{what} {ms:.3f}" for what, ms in times.items())
+        print(f"{candidate[0]} {candidate[1]} {'' if shape == SHAPE else shape}: {listed} ms", flush=True)
+        return sum(times.values())
+    except Exception:
+        print(f"{candidate[0]} {candidate[1]}: {first_lines(traceback.format_exc())}", flush=True)
+        return float("inf")
+
+
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="walk,prepare,gradient,whole,check")
-    only = parser.parse_args().only.split(",")
+    """Compile, time each kernel, choose the best of each, and time and check the whole with these."""
     start = time.perf_counter()
-    todo = [c for c in candidates() if c[0] in only]
+    todo = candidates()
     bad = {}
-    with ProcessPoolExecutor(12, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
         waiting = {c: pool.submit(compile_one, c) for c in todo}
         for candidate, future in waiting.items():
             try:
-                bad[candidate] = future.result(timeout=max(1, 75 - (time.perf_counter() - start)))
+                bad[candidate] = future.result(timeout=max(0.1, 36 - (time.perf_counter() - start)))
             except TimeoutError:
-                bad[candidate] = "still compiling after 75 s"
+                bad[candidate] = "still compiling"
             except Exception as error:
                 bad[candidate] = f"{type(error).__name__}: {error}"
-        if any("still" in (x or "") for x in bad.values()):
-            for process in pool._processes.values():
+        if "still compiling" in bad.values():
+            for process in list(pool._processes.values()):
                 process.kill()
     print(f"compiled after {time.perf_counter() - start:.0f} s", flush=True)
-    if "check" in only:
-        try:
-            check()
-        except Exception:
-            print("check:", first_lines(traceback.format_exc()), flush=True)
-    from triton.testing import do_bench
-
-    for candidate in todo:
-        kind, settings = candidate
-        if bad[candidate]:
-            print(f"{kind} {settings}: {first_lines(bad[candidate])}", flush=True)
-            continue
-        try:
-            defaults()
-            times = []
-            for what, call in calls(kind, settings, SHAPE):
-                times.append(
-                    f"{what} {do_bench(call, warmup=10, rep=60, return_mode='median'):.3f}"
-                )
-            print(f"{kind} {settings}: " + ", ".join(times) + " ms", flush=True)
-        except Exception:
-            print(f"{kind} {settings}: {first_lines(traceback.format_exc())}", flush=True)
-    if "whole" in only:
-        defaults()
-        for shape in ((8, 4096, 32, 128), (1, 32_768, 32, 128)):
-            try:
-                times = [
-                    f"{what} {do_bench(call, warmup=20, rep=100, return_mode='median'):.3f}"
-                    for what, call in calls("whole", (), shape)
-                ]
-                print(f"whole {shape}: " + ", ".join(times) + " ms", flush=True)
-            except Exception:
-                print(f"whole {shape}: {first_lines(traceback.format_exc())}", flush=True)
-        try:
-            profile()
-        except Exception:
-            print("profile:", first_lines(traceback.format_exc()), flush=True)
+    for candidate, why in bad.items():
+        if why:
+            print(f"{candidate[0]} {candidate[1]}: {first_lines(why)}", flush=True)
+    for kind, tried in TRIED.items():
+        times = {x: timed((kind, x)) for x in tried if not bad[kind, x]}
+        if times:
+            best = min(times, key=times.get)
+            choose(kind, best)
+            print(f"chosen for {kind}: {dict(zip(KNOBS[kind], best, strict=True))}", flush=True)
+    for shape in (SHAPE, (8, 4096, 32, 128), (1, 32_768, 32, 128)):
+        for which in WHOLE:
+            timed(("whole", which), shape)
+    try:
+        check()
+    except Exception:
+        print("check:", first_lines(traceback.format_exc()), flush=True)
+    try:
+        profile()
+    except Exception:
+        print("profile:", first_lines(traceback.format_exc()), flush=True)
     print(f"finished after {time.perf_counter() - start:.0f} s")
 
 
 def profile():
-    """GPU time of each kernel of one forward and backward."""
+    """GPU time of each kernel of one forward and backward, and its peak memory."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    call = dict(calls("whole", (), SHAPE))["both"]
+    for which in ("kept", "prepared again", "old"):
+        call = dict(calls("whole", which, SHAPE))["both"]
+        call()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        peak = torch.cuda.max_memory_allocated() - before
+        print(f"peak memory, {which}: {peak / 2**30:.3f} GiB", flush=True)
+    call = dict(calls("whole", "kept", SHAPE))["both"]
     call()
     with record(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
         for _ in range(10):
             call()
         torch.cuda.synchronize()
     for row in found.key_averages():
-        if row.device_time_total > 50:
+        if row.key.startswith("_") and row.device_time_total > 50:
             print(f"  {row.key[:60]:60} {row.count:4d} x {row.device_time_total / row.count:.1f} us")
 
 

@@ -9,6 +9,7 @@ Legend: B batch, T time, H heads, K key width, V value width, C tokens of a chun
 """
 
 import importlib.util
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ __all__ = ["CHUNK", "wkv7_triton"]
 
 CHUNK = 16
 GROUP = 64  # tokens between two kept states
+KEEP_PREPARED = True
 WIDTHS = (16, 32, 64, 128)
 
 
@@ -74,7 +76,7 @@ def wkv7_triton(
             state_BHKV = state_BHKV.masked_fill(reset_BT[:, 0, None, None, None], 0.0)
     tensors = (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, state_BHKV)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    o_BTHV, last_BHKV, _, _, _ = _forward(*tensors, reset_BT, chunk, keep)
+    o_BTHV, last_BHKV, *_ = _forward(*tensors, reset_BT, chunk, keep)
     return o_BTHV, last_BHKV
 
 
@@ -98,15 +100,18 @@ def _forward(
     reset_BT: Tensor | None,
     chunk: int,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the last state, and the kept states and U, which are empty without `keep`."""
-    from trihybrid.ops.wkv7.triton.prepare import prepare
+    from trihybrid.ops.wkv7.triton.prepare import Prepared, prepare
     from trihybrid.ops.wkv7.triton.state import walk
 
     r, log_w, k, v, a, b = (_dense(x) for x in (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK))
     state = None if state_BHKV is None else state_BHKV.contiguous()
     ready = prepare(r, log_w, k, a, b, _bytes(reset_BT), chunk, gradient=keep)
-    return walk(ready, v, state, keep)
+    results = walk(ready, v, state, keep)
+    if not (keep and KEEP_PREPARED):
+        ready = Prepared(*(x.new_empty(0) for x in (ready.wide_4NCK, ready.square_4NCC, ready.g_NK)))
+    return *results, ready.wide_4NCK, ready.square_4NCC, ready.g_NK
 
 
 @_forward.register_fake
@@ -121,23 +126,21 @@ def _(
     reset_BT: Tensor | None,
     chunk: int,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, length, heads, keys = r_BTHK.shape
     width, lanes = v_BTHV.shape[-1], batch * heads
-    u_NCV, true_u_NCV = (
-        v_BTHV.new_empty(
-            lanes * ((length + chunk - 1) // chunk) if keep else 0, chunk, width, dtype=torch.float16
-        )
-        for _ in range(2)
-    )
+    count = lanes * ((length + chunk - 1) // chunk) if keep else 0
+    half = partial(v_BTHV.new_empty, dtype=torch.float16)
+    prepared = count if KEEP_PREPARED else 0
     return (
         v_BTHV.new_empty(batch, length, heads, width),
         v_BTHV.new_empty(batch, heads, keys, width, dtype=torch.float32),
-        v_BTHV.new_empty(
-            lanes if keep else 0, (length + GROUP - 1) // GROUP + 1, width, keys, dtype=torch.float16
-        ),
-        u_NCV,
-        true_u_NCV,
+        half(lanes if keep else 0, (length + GROUP - 1) // GROUP + 1, width, keys),
+        half(count, chunk, width),
+        half(count, chunk, width),
+        half(4, prepared, chunk, keys) if prepared else half(0),
+        half(4, prepared, chunk, chunk) if prepared else half(0),
+        v_BTHV.new_empty((prepared, keys) if prepared else (0,), dtype=torch.float32),
     )
 
 
@@ -155,10 +158,13 @@ def _backward(
     kept_GVK: Tensor,
     u_NCV: Tensor,
     true_u_NCV: Tensor,
+    wide_4NCK: Tensor,
+    square_4NCC: Tensor,
+    g_NK: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, log_w, k, v, a, b in their dtypes, and of the first state, float32."""
     from trihybrid.ops.wkv7.triton.gradient import differentiate
-    from trihybrid.ops.wkv7.triton.prepare import prepare
+    from trihybrid.ops.wkv7.triton.prepare import Prepared, prepare
     from trihybrid.ops.wkv7.triton.state import largest_gradient, walk_back
     from trihybrid.ops.wkv7.triton.sums import sum_values
 
@@ -168,7 +174,10 @@ def _backward(
     dlast = None if dlast_BHKV is None else dlast_BHKV.contiguous()
     reset = _bytes(reset_BT)
     largest_BH = largest_gradient(do, dlast)
-    ready = prepare(r, log_w, k, a, b, reset, u_NCV.shape[1], gradient=True)
+    if g_NK.numel():
+        ready = Prepared(wide_4NCK, square_4NCC, g_NK)
+    else:
+        ready = prepare(r, log_w, k, a, b, reset, u_NCV.shape[1], gradient=True)
     dv_BTHV, dfirst_BHKV, dkept_GVK, z_NCV, true_z_NCV = walk_back(ready, do, dlast, largest_BH, v.dtype)
     sums, scores, e_GK = sum_values(
         ready, v, do, u_NCV, z_NCV, true_u_NCV, true_z_NCV, kept_GVK, dkept_GVK, largest_BH
@@ -192,6 +201,9 @@ def _(
     kept_GVK: Tensor,
     u_NCV: Tensor,
     true_u_NCV: Tensor,
+    wide_4NCK: Tensor,
+    square_4NCC: Tensor,
+    g_NK: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, _, heads, keys = r_BTHK.shape
     like = (x.new_empty(x.shape) for x in (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK))
@@ -201,19 +213,19 @@ def _(
 
 def _keep(ctx, inputs, output) -> None:
     r, log_w, k, v, a, b, state, reset, _, _ = inputs
-    _, _, kept_GVK, u_NCV, true_u_NCV = output
-    ctx.mark_non_differentiable(kept_GVK, u_NCV, true_u_NCV)
+    _, _, *kept = output
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(r, log_w, k, v, a, b, reset, kept_GVK, u_NCV, true_u_NCV)
+    ctx.save_for_backward(r, log_w, k, v, a, b, reset, *kept)
     ctx.has_state = state is not None
 
 
-def _differentiate(ctx, do_BTHV, dlast_BHKV, _kept, _u, _true_u) -> tuple[Tensor | None, ...]:
-    r, log_w, k, v, a, b, reset, kept_GVK, u_NCV, true_u_NCV = ctx.saved_tensors
+def _differentiate(ctx, do_BTHV, dlast_BHKV, *_kept) -> tuple[Tensor | None, ...]:
+    r, log_w, k, v, a, b, reset, *kept = ctx.saved_tensors
     if do_BTHV is None:
         do_BTHV = torch.zeros_like(v)
     *gradients, dstate_BHKV = _backward(
-        do_BTHV, dlast_BHKV, r, log_w, k, v, a, b, reset, kept_GVK, u_NCV, true_u_NCV
+        do_BTHV, dlast_BHKV, r, log_w, k, v, a, b, reset, *kept
     )
     return *gradients, dstate_BHKV if ctx.has_state else None, None, None, None
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from trihybrid.ops.wkv7.triton.chunks import BITS, documents, exponents, inside, pairs, rows, running, steepest, strides, tile
 from trihybrid.ops.wkv7.triton.state import GROUP, power
 
-BLOCK_K, WARPS, STAGES = 32, 1, 1  # one warp for the reason given in `prepare`
+BLOCK_K, WARPS, STAGES, REGISTERS = 32, 1, 1, None  # one warp for the reason given in `prepare`
 
 
 def differentiate(
@@ -63,6 +63,7 @@ def differentiate(
         BLOCK_K=block,
         num_warps=WARPS,
         num_stages=STAGES,
+        maxnreg=REGISTERS,
     )
     return outputs
 

@@ -28,22 +28,17 @@ from torch import Tensor
 from trihybrid.ops.wkv7.triton.chunks import BITS, documents, exponents, inside, pairs, rows, steepest, strides, tile
 
 # A program is one warp, so that nothing waits for other warps, and takes keys in blocks, twice, to need few registers.
-BLOCK_K, WARPS, STAGES = 32, 1, 2
+BLOCK_K, WARPS, STAGES, REGISTERS = 32, 1, 2, None
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """W, R*, B^, K*, P* and g of every chunk, and F, N, Q for the gradients (empty when not asked for)."""
+    """W, R*, B^, K* [4, N, C, K] and P*, F, N, E = Q F [4, N, C, C] (P* alone without a gradient) in float16, and g
+    [N, K] in float32, of every chunk."""
 
-    w_NCK: Tensor  # float16, as are all but g
-    r_NCK: Tensor
-    b_NCK: Tensor
-    k_NCK: Tensor
-    p_NCC: Tensor
-    g_NK: Tensor  # float32
-    f_NCC: Tensor
-    n_NCC: Tensor
-    e_NCC: Tensor
+    wide_4NCK: Tensor
+    square_4NCC: Tensor
+    g_NK: Tensor
 
 
 def prepare(
@@ -58,17 +53,16 @@ def prepare(
 ) -> Prepared:
     """Prepare all chunks of `chunk` tokens; the last one is padded. The last dimensions are contiguous.
 
-    reset_BT: uint8, contiguous, or None. gradient: whether F, N and Q are wanted.
+    reset_BT: uint8, contiguous, or None. gradient: whether F, N and E are wanted.
     """
     batch, length, heads, width = r_BTHK.shape
     chunks = triton.cdiv(length, chunk)
     count = batch * heads * chunks
     half = partial(torch.empty, device=r_BTHK.device, dtype=torch.float16)
-    wide = tuple(half(count, chunk, width) for _ in range(4))
-    p_NCC = half(count, chunk, chunk)
+    wide_4NCK = half(4, count, chunk, width)
+    square_4NCC = half(4 if gradient else 1, count, chunk, chunk)
     g_NK = torch.empty(count, width, device=r_BTHK.device, dtype=torch.float32)
-    kept = tuple(half(count if gradient else 0, chunk, chunk) for _ in range(3))
-    ready = Prepared(*wide, p_NCC, g_NK, *kept)  # type: ignore[call-arg]
+    p_NCC = square_4NCC[0]
     _prepare[(count,)](
         r_BTHK,
         log_w_BTHK,
@@ -76,10 +70,10 @@ def prepare(
         a_BTHK,
         b_BTHK,
         p_NCC if reset_BT is None else reset_BT,
-        *wide,
+        *wide_4NCK,
         p_NCC,
         g_NK,
-        *kept,
+        *(square_4NCC[1:] if gradient else (p_NCC, p_NCC, p_NCC)),
         length,
         chunks,
         heads,
@@ -97,8 +91,9 @@ def prepare(
         BLOCK_K=min(BLOCK_K, width),
         num_stages=STAGES,
         num_warps=WARPS,
+        maxnreg=REGISTERS,
     )
-    return ready
+    return Prepared(wide_4NCK, square_4NCC, g_NK)
 
 
 @triton.jit

@@ -35,14 +35,16 @@ def walk(
     """o [B, T, H, V] in v's dtype, the state that leaves [B, H, K, V] float32, and for the backward, float16 or empty:
     the states that enter each group and that leave the last one [B H, groups + 1, V, K], and U [N, C, V]."""
     batch, length, heads, width = v_BTHV.shape
-    _, chunk, keys = ready.w_NCK.shape
+    _, count, chunk, keys = ready.wide_4NCK.shape
     groups = triton.cdiv(length, GROUP)
     half = partial(torch.empty, device=v_BTHV.device, dtype=torch.float16)
     o_BTHV = torch.empty(v_BTHV.shape, device=v_BTHV.device, dtype=v_BTHV.dtype)
     last_BHKV = torch.empty(batch, heads, keys, width, device=v_BTHV.device, dtype=torch.float32)
     kept_GVK = half(batch * heads if keep else 0, groups + 1, width, keys)
-    u_NCV, true_NCV = (half(len(ready.w_NCK) if keep else 0, chunk, width) for _ in range(2))
-    operands = (ready.w_NCK, ready.b_NCK, ready.r_NCK, ready.k_NCK, ready.p_NCC, ready.g_NK, ready.n_NCC, ready.n_NCC)
+    u_NCV, true_NCV = (half(count if keep else 0, chunk, width) for _ in range(2))
+    w_NCK, r_NCK, b_NCK, k_NCK = ready.wide_4NCK
+    p_NCC, n_NCC = ready.square_4NCC[0], ready.square_4NCC[2 if keep else 0]
+    operands = (w_NCK, b_NCK, r_NCK, k_NCK, p_NCC, ready.g_NK, n_NCC, n_NCC)
     outputs = (o_BTHV, u_NCV, true_NCV, kept_GVK, last_BHKV)
     _launch(operands, v_BTHV, state_BHKV, outputs, None, keep, reverse=False)
     return o_BTHV, last_BHKV, kept_GVK, u_NCV, true_NCV
@@ -54,14 +56,16 @@ def walk_back(
     """dV [B, T, H, V] in `dtype`, the gradient of the state that enters [B, H, K, V] float32, and float16, times the
     scale: those of the same states as in `walk` [B H, groups + 1, V, K], and Z [N, C, V]."""
     batch, length, heads, width = do_BTHV.shape
-    _, chunk, keys = ready.w_NCK.shape
+    _, count, chunk, keys = ready.wide_4NCK.shape
     groups = triton.cdiv(length, GROUP)
     half = partial(torch.empty, device=do_BTHV.device, dtype=torch.float16)
     dv_BTHV = torch.empty(do_BTHV.shape, device=do_BTHV.device, dtype=dtype)
     dfirst_BHKV = torch.empty(batch, heads, keys, width, device=do_BTHV.device, dtype=torch.float32)
     dkept_GVK = half(batch * heads, groups + 1, width, keys)
-    z_NCV, true_NCV = (half(len(ready.w_NCK), chunk, width) for _ in range(2))
-    operands = (ready.b_NCK, ready.w_NCK, ready.k_NCK, ready.r_NCK, ready.p_NCC, ready.g_NK, ready.e_NCC, ready.f_NCC)
+    z_NCV, true_NCV = (half(count, chunk, width) for _ in range(2))
+    w_NCK, r_NCK, b_NCK, k_NCK = ready.wide_4NCK
+    p_NCC, f_NCC, _, e_NCC = ready.square_4NCC
+    operands = (b_NCK, w_NCK, k_NCK, r_NCK, p_NCC, ready.g_NK, e_NCC, f_NCC)
     outputs = (dv_BTHV, z_NCV, true_NCV, dkept_GVK, dfirst_BHKV)
     _launch(operands, do_BTHV, dlast_BHKV, outputs, largest_BH, True, reverse=True)
     return dv_BTHV, dfirst_BHKV, dkept_GVK, z_NCV, true_NCV

@@ -38,10 +38,11 @@ def sum_values(
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """dR*, dW, dK*, dB^ [N, C, K] and dP* [N, C, C] (all its entries) in float16, e [B H, groups, K] in float32; all
     times the scale."""
-    _, chunk, keys = ready.w_NCK.shape
+    w_NCK, r_NCK, b_NCK, k_NCK = ready.wide_4NCK
+    _, chunk, keys = w_NCK.shape
     lanes, borders = kept_GVK.shape[:2]
-    dr, dw, dk, db = (torch.empty_like(ready.w_NCK) for _ in range(4))
-    scores_4NCC = torch.empty(4, *ready.p_NCC.shape, device=v_BTHV.device, dtype=torch.float16)
+    dr, dw, dk, db = (torch.empty_like(w_NCK) for _ in range(4))
+    scores_4NCC = torch.empty(4, *ready.square_4NCC.shape[1:], device=v_BTHV.device, dtype=torch.float16)
     e_GK = torch.empty(lanes, borders - 1, keys, device=v_BTHV.device, dtype=torch.float32)
     _, length, heads, width = v_BTHV.shape
     block = min(BLOCK_K, keys)
@@ -50,7 +51,7 @@ def sum_values(
             False,
             (kept_GVK, kept_GVK),
             (do_BTHV, v_BTHV),
-            (ready.k_NCK, ready.b_NCK),
+            (k_NCK, b_NCK),
             (true_z_NCV, u_NCV),
             (dr, dw),
         ),
@@ -58,7 +59,7 @@ def sum_values(
             True,
             (dkept_GVK, kept_GVK),
             (v_BTHV, do_BTHV),
-            (ready.r_NCK, ready.w_NCK),
+            (r_NCK, w_NCK),
             (true_u_NCV, z_NCV),
             (dk, db),
         ),

@@ -1,0 +1,211 @@
+"""WKV-7 on the tensor cores of a GPU: chunks of 16 tokens, forward and backward, in four kernels.
+
+Forward: `prepare` (all chunks in parallel), then `state` (the serial chain, in parallel over heads and blocks of
+values). Backward: `prepare` again, `state` in reverse, `sums` (over values, all groups of 64 tokens in parallel) and
+`gradient` (the rest). Kept from the forward are the inputs, U in float16 (the size of v), and one state in float16 for
+every 64 tokens.
+
+Legend: B batch, T time, H heads, K key width, V value width, C tokens of a chunk, N = B H chunks, G = B H groups.
+"""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+__all__ = ["CHUNK", "wkv7_triton"]
+
+CHUNK = 16
+GROUP = 64  # tokens between two kept states
+WIDTHS = (16, 32, 64, 128)
+
+
+def available(device: torch.device) -> str | None:
+    """None on a GPU with bfloat16 tensor cores and Triton, else what is missing."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "its kernels are for NVIDIA GPUs"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "its kernels need an NVIDIA GPU of compute capability 8.0 (Ampere) or newer"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    return None
+
+
+def takes(key_width: int, value_width: int, dtype: torch.dtype) -> str | None:
+    """None for these widths and this dtype of v, else why the kernels do not take them."""
+    for name, width in (("K", key_width), ("V", value_width)):
+        if width not in WIDTHS:
+            return f"the width {name} is {width}; the kernels take {', '.join(map(str, WIDTHS))}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"v is {dtype}; the kernels multiply float16, which is for bfloat16 and float16"
+    return None
+
+
+def wkv7_triton(
+    r_BTHK: Tensor,
+    log_w_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    a_BTHK: Tensor,
+    b_BTHK: Tensor,
+    state_BHKV: Tensor | None = None,
+    reset_BT: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """As `wkv7_reference`, with float16 operands (float32 sums) on the tensor cores; differentiable once.
+
+    r, log_w, k, a, b [B, T, H, K], v [B, T, H, V]: bfloat16, float16 or float32, each as it comes; K and V 16, 32, 64
+        or 128. log_w is at most 0, and what lies below -160 / C acts like that (-10 for C = 16).
+    state_BHKV: float32, or None for zeros. reset_BT: bool, True at the first token of a document, or None.
+    chunk: C, 16 or 32.
+
+    Returns (o [B, T, H, V] in v's dtype, state [B, H, K, V] float32). ValueError for a width or a chunk that is not
+    supported.
+    """
+    for name, width in (("K", r_BTHK.shape[-1]), ("V", v_BTHV.shape[-1])):
+        if width not in WIDTHS:
+            raise ValueError(f"the width {name} is {width}; the Triton backend of wkv7 takes one of {WIDTHS}")
+    if chunk not in (16, 32):
+        raise ValueError(f"chunk is {chunk}; the Triton backend of wkv7 takes 16 or 32")
+    if state_BHKV is not None:
+        state_BHKV = state_BHKV.float()
+        if reset_BT is not None:
+            # A state that the first token replaces does not act, even one that is not finite.
+            state_BHKV = state_BHKV.masked_fill(reset_BT[:, 0, None, None, None], 0.0)
+    tensors = (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, state_BHKV)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    o_BTHV, last_BHKV, _, _ = _forward(*tensors, reset_BT, chunk, keep)
+    return o_BTHV, last_BHKV
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _bytes(reset_BT: Tensor | None) -> Tensor | None:
+    return None if reset_BT is None else reset_BT.contiguous().view(torch.uint8)
+
+
+@torch.library.custom_op("trihybrid::wkv7_old", mutates_args=())
+def _forward(
+    r_BTHK: Tensor,
+    log_w_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    a_BTHK: Tensor,
+    b_BTHK: Tensor,
+    state_BHKV: Tensor | None,
+    reset_BT: Tensor | None,
+    chunk: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o, the last state, and the kept states and U, which are empty without `keep`."""
+    from wkv7_old.prepare import prepare
+    from wkv7_old.state import walk
+
+    r, log_w, k, v, a, b = (_dense(x) for x in (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK))
+    state = None if state_BHKV is None else state_BHKV.contiguous()
+    ready = prepare(r, log_w, k, a, b, _bytes(reset_BT), chunk, gradient=False)
+    return walk(ready, v, state, keep)
+
+
+@_forward.register_fake
+def _(
+    r_BTHK: Tensor,
+    log_w_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    a_BTHK: Tensor,
+    b_BTHK: Tensor,
+    state_BHKV: Tensor | None,
+    reset_BT: Tensor | None,
+    chunk: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, length, heads, keys = r_BTHK.shape
+    width, lanes = v_BTHV.shape[-1], batch * heads
+    return (
+        v_BTHV.new_empty(batch, length, heads, width),
+        v_BTHV.new_empty(batch, heads, keys, width, dtype=torch.float32),
+        v_BTHV.new_empty(
+            lanes if keep else 0, (length + GROUP - 1) // GROUP + 1, width, keys, dtype=torch.float16
+        ),
+        v_BTHV.new_empty(
+            lanes * ((length + chunk - 1) // chunk) if keep else 0, chunk, width, dtype=torch.float16
+        ),
+    )
+
+
+@torch.library.custom_op("trihybrid::wkv7_old_backward", mutates_args=())
+def _backward(
+    do_BTHV: Tensor,
+    dlast_BHKV: Tensor | None,
+    r_BTHK: Tensor,
+    log_w_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    a_BTHK: Tensor,
+    b_BTHK: Tensor,
+    reset_BT: Tensor | None,
+    kept_GVK: Tensor,
+    u_NCV: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of r, log_w, k, v, a, b in their dtypes, and of the first state, float32."""
+    from wkv7_old.gradient import differentiate
+    from wkv7_old.prepare import prepare
+    from wkv7_old.state import largest_gradient, walk_back
+    from wkv7_old.sums import sum_values
+
+    do, r, log_w, k, v, a, b = (
+        _dense(x) for x in (do_BTHV, r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
+    )
+    dlast = None if dlast_BHKV is None else dlast_BHKV.contiguous()
+    reset = _bytes(reset_BT)
+    largest_BH = largest_gradient(do, dlast)
+    ready = prepare(r, log_w, k, a, b, reset, u_NCV.shape[1], gradient=True)
+    dv_BTHV, dfirst_BHKV, dkept_GVK, z_NCV = walk_back(ready, do, dlast, largest_BH, v.dtype)
+    sums = sum_values(ready, v, do, u_NCV, z_NCV, kept_GVK, dkept_GVK, largest_BH)
+    scores = (ready.f_NCC, ready.n_NCC, ready.q_NCC)
+    del ready, dkept_GVK, z_NCV  # before the gradients are allocated
+    dr, dlog_w, dk, da, db = differentiate((r, log_w, k, a, b), reset, scores, sums, largest_BH)
+    return dr, dlog_w, dk, dv_BTHV, da, db, dfirst_BHKV
+
+
+@_backward.register_fake
+def _(
+    do_BTHV: Tensor,
+    dlast_BHKV: Tensor | None,
+    r_BTHK: Tensor,
+    log_w_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    a_BTHK: Tensor,
+    b_BTHK: Tensor,
+    reset_BT: Tensor | None,
+    kept_GVK: Tensor,
+    u_NCV: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, _, heads, keys = r_BTHK.shape
+    like = (x.new_empty(x.shape) for x in (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK))
+    dfirst_BHKV = v_BTHV.new_empty(batch, heads, keys, v_BTHV.shape[-1], dtype=torch.float32)
+    return *like, dfirst_BHKV  # type: ignore[return-value]
+
+
+def _keep(ctx, inputs, output) -> None:
+    r, log_w, k, v, a, b, state, reset, _, _ = inputs
+    _, _, kept_GVK, u_NCV = output
+    ctx.mark_non_differentiable(kept_GVK, u_NCV)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(r, log_w, k, v, a, b, reset, kept_GVK, u_NCV)
+    ctx.has_state = state is not None
+
+
+def _differentiate(ctx, do_BTHV, dlast_BHKV, _kept, _u) -> tuple[Tensor | None, ...]:
+    r, log_w, k, v, a, b, reset, kept_GVK, u_NCV = ctx.saved_tensors
+    if do_BTHV is None:
+        do_BTHV = torch.zeros_like(v)
+    *gradients, dstate_BHKV = _backward(do_BTHV, dlast_BHKV, r, log_w, k, v, a, b, reset, kept_GVK, u_NCV)
+    return *gradients, dstate_BHKV if ctx.has_state else None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)

@@ -1,0 +1,72 @@
+"""What all kernels of the chunked WKV-7 share: where the rows of a chunk lie, its decays, and where documents start.
+
+Legend: B batch, T time, H heads, K key width, V value width, C tokens of a chunk, N chunks of all batches and heads.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# e^{c - m} and its inverse must be floats: half a chunk of log_w stays above -80. At C = 16 that is log_w >= -10, and
+# a decay of e^-10 instead of a smaller one is far below the rounding of float16.
+LARGEST_EXPONENT = 80.0
+
+
+def steepest(chunk: int) -> float:
+    """The smallest log_w that a chunk of C tokens tells from smaller ones."""
+    return -LARGEST_EXPONENT / (chunk // 2)
+
+
+def strides(x_BTHD: Tensor) -> tuple[int, int, int]:
+    """Of batch, time and head; the last dimension is contiguous."""
+    return x_BTHD.stride(0), x_BTHD.stride(1), x_BTHD.stride(2)
+
+
+@triton.jit
+def rows(x, stride_b, stride_t, stride_h, b, h, t, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """Pointers [COUNT, WIDTH] to the tokens from t on; b, h and t are int64."""
+    base = x + b * stride_b + h * stride_h + t * stride_t
+    return base + tl.arange(0, COUNT)[:, None] * stride_t + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def tile(x, index, ROWS: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
+    """Pointers to the first COUNT columns of tile number `index` (int64) of an array of dense [ROWS, WIDTH] tiles."""
+    return x + index * (ROWS * WIDTH) + tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, COUNT)[None, :]
+
+
+@triton.jit
+def documents(reset, b, t, length, C: tl.constexpr, HAS_RESET: tl.constexpr):
+    """Which tokens start a document, and how many did since the chunk began, this one counted; int32 [C]."""
+    i_C = tl.arange(0, C)
+    if HAS_RESET:
+        starts_C = tl.load(reset + b * length + t + i_C, mask=t + i_C < length, other=0).to(tl.int32)
+    else:
+        starts_C = i_C * 0
+    return starts_C, tl.cumsum(starts_C, 0)
+
+
+@triton.jit
+def exponents(log_w, starts_C, inside_C1, STEEPEST: tl.constexpr, C: tl.constexpr):
+    """log_w as used and its sums c up to each token [C, K]; m = c in the middle of the chunk, and c at its end [1, K];
+    float32.
+
+    The first token of a document decays nothing, whatever its log_w holds, nor does padding. A NaN stays one.
+    """
+    w_CK = tl.load(log_w, mask=inside_C1, other=0.0).to(tl.float32)
+    w_CK = tl.where(starts_C[:, None] > 0, 0.0, w_CK)
+    w_CK = tl.where(w_CK < STEEPEST, STEEPEST, w_CK)
+    early_C1 = (tl.arange(0, C) < C // 2)[:, None]
+    middle_1K = tl.sum(tl.where(early_C1, w_CK, 0.0), 0, keep_dims=True)
+    return w_CK, tl.cumsum(w_CK, 0), middle_1K, tl.sum(w_CK, 0, keep_dims=True)
+
+
+@triton.jit
+def pairs(document_C, STRICT: tl.constexpr, C: tl.constexpr):
+    """bool [C, C]: token j of the column reaches token i of the row, j <= i, or j < i when STRICT."""
+    i_C = tl.arange(0, C)
+    if STRICT:  # noqa: SIM108, since the kernel language has no such expression of blocks
+        before_CC = i_C[:, None] > i_C[None, :]
+    else:
+        before_CC = i_C[:, None] >= i_C[None, :]
+    return before_CC & (document_C[:, None] == document_C[None, :])
