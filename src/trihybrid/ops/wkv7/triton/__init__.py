@@ -1,9 +1,9 @@
 """WKV-7 on the tensor cores of a GPU: chunks of 16 tokens, forward and backward, in four kernels.
 
 Forward: `prepare` (all chunks in parallel), then `state` (the serial chain, in parallel over heads and blocks of
-values). Backward: `prepare` again, `state` in reverse, `sums` (over values, all groups of 64 tokens in parallel) and
-`gradient` (the rest). Kept from the forward are the inputs, U in float16 (the size of v), and one state in float16 for
-every 64 tokens.
+values). Backward: `state` in reverse, `sums` (over values, all groups of 64 tokens in parallel) and
+`gradient` (the rest). Kept from the forward are the inputs, U in two forms and what `prepare` found in float16 (six and
+a half times the size of v), and one state in float16 for every 64 tokens.
 
 Legend: B batch, T time, H heads, K key width, V value width, C tokens of a chunk, N = B H chunks, G = B H groups.
 """
@@ -101,17 +101,17 @@ def _forward(
     chunk: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, the last state, and the kept states and U, which are empty without `keep`."""
+    """o, the last state, and for the backward, empty without `keep`: states, U, the true U, and the fields of `Prepared`."""
     from trihybrid.ops.wkv7.triton.prepare import Prepared, prepare
     from trihybrid.ops.wkv7.triton.state import walk
 
     r, log_w, k, v, a, b = (_dense(x) for x in (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK))
     state = None if state_BHKV is None else state_BHKV.contiguous()
     ready = prepare(r, log_w, k, a, b, _bytes(reset_BT), chunk, gradient=keep)
-    results = walk(ready, v, state, keep)
+    o_BTHV, last_BHKV, kept_GVK, u_NCV, true_u_NCV = walk(ready, v, state, keep)
     if not (keep and KEEP_PREPARED):
         ready = Prepared(*(x.new_empty(0) for x in (ready.wide_4NCK, ready.square_4NCC, ready.g_NK)))
-    return *results, ready.wide_4NCK, ready.square_4NCC, ready.g_NK
+    return o_BTHV, last_BHKV, kept_GVK, u_NCV, true_u_NCV, ready.wide_4NCK, ready.square_4NCC, ready.g_NK
 
 
 @_forward.register_fake
@@ -224,9 +224,7 @@ def _differentiate(ctx, do_BTHV, dlast_BHKV, *_kept) -> tuple[Tensor | None, ...
     r, log_w, k, v, a, b, reset, *kept = ctx.saved_tensors
     if do_BTHV is None:
         do_BTHV = torch.zeros_like(v)
-    *gradients, dstate_BHKV = _backward(
-        do_BTHV, dlast_BHKV, r, log_w, k, v, a, b, reset, *kept
-    )
+    *gradients, dstate_BHKV = _backward(do_BTHV, dlast_BHKV, r, log_w, k, v, a, b, reset, *kept)
     return *gradients, dstate_BHKV if ctx.has_state else None, None, None, None
 
 

@@ -97,7 +97,7 @@ def running(x_CK, C: tl.constexpr, REVERSE: tl.constexpr, SHORT: tl.constexpr):
         ones_CC = i_C[:, None] <= i_C[None, :]
     else:
         ones_CC = i_C[:, None] >= i_C[None, :]
-    if SHORT:  # noqa: SIM108
+    if SHORT:
         sums_CK = tl.dot(ones_CC.to(tl.float32), x_CK, input_precision="tf32")
     else:
         sums_CK = tl.dot(ones_CC.to(tl.float32), x_CK, input_precision="tf32x3")

@@ -18,7 +18,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trihybrid.ops.wkv7.triton.chunks import BITS, documents, exponents, inside, pairs, rows, running, steepest, strides, tile
+from trihybrid.ops.wkv7.triton.chunks import (
+    BITS,
+    documents,
+    exponents,
+    inside,
+    pairs,
+    rows,
+    running,
+    steepest,
+    strides,
+    tile,
+)
 from trihybrid.ops.wkv7.triton.state import GROUP, power
 
 BLOCK_K, WARPS, STAGES, REGISTERS = 32, 1, 1, None  # one warp for the reason given in `prepare`

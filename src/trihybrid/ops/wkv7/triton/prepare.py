@@ -4,7 +4,7 @@ With c_i = sum_{j <= i} log_w_j in the chunk, c'_i = c_{i-1}, m = c in its middl
     A~ = a e^{c' - m}   R~ = r e^{c - m}   B- = b e^{m - c}   K- = k e^{m - c}
     A^ = A~ e^m         R^ = R~ e^m        B^ = b e^{c_C - c} K^ = k e^{c_C - c}       (all factors <= 1)
     L = tril(A~ B-^T, -1)   M = tril(A~ K-^T, -1)   Q = tril(R~ B-^T)   P = tril(R~ K-^T)   F = (I - L)^{-1}
-    W = F A^   N = F M   R* = R^ + Q W   K* = K^ + N^T B^   P* = P + Q N   g = e^{c_C}
+    W = F A^   N = F M   E = Q F   R* = R^ + Q W   K* = K^ + N^T B^   P* = P + Q N   g = e^{c_C}
 a chunk with values V takes the state h that enters to
     o = R* h + P* V     h' = diag(g) h + B^^T (W h) + K*^T V.
 The inverse is found by doubling the size of inverted diagonal blocks, F_2s = F_s + F_s (L . corner_2s) F_s: every
@@ -25,7 +25,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trihybrid.ops.wkv7.triton.chunks import BITS, documents, exponents, inside, pairs, rows, steepest, strides, tile
+from trihybrid.ops.wkv7.triton.chunks import (
+    BITS,
+    documents,
+    exponents,
+    inside,
+    pairs,
+    rows,
+    steepest,
+    strides,
+    tile,
+)
 
 # A program is one warp, so that nothing waits for other warps, and takes keys in blocks, twice, to need few registers.
 BLOCK_K, WARPS, STAGES, REGISTERS = 32, 1, 2, None

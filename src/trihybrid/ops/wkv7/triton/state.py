@@ -4,6 +4,8 @@ Forwards (the letters are those of `prepare`), with the state held as h^T [V, K]
     U^T = h^T W^T     o^T = h^T R*^T + V^T P*^T     h'^T = h^T diag(g) + U^T B^ + V^T K*.
 The gradient of the state walks backwards by the same equations, with W and B^, R* and K* exchanged and P* transposed:
     Z^T = dH'^T B^^T     dV^T = dH'^T K*^T + dO^T P*     dH^T = dH'^T diag(g) + Z^T W + dO^T R*.
+For the gradients, the chain also leaves what u_t = S_{t-1}^T a_t and z_t = dS_t^T b_t truly are for every token,
+    U + N V     and     F^T Z + E^T dO.
 Transposed, a product that the next one reads is already where that one wants it, in registers: with all warps along
 the values nothing of the chain goes through shared memory. Value columns never meet.
 
@@ -31,9 +33,9 @@ ROWS = 128  # tokens that one program searches for the largest gradient
 
 def walk(
     ready: Prepared, v_BTHV: Tensor, state_BHKV: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o [B, T, H, V] in v's dtype, the state that leaves [B, H, K, V] float32, and for the backward, float16 or empty:
-    the states that enter each group and that leave the last one [B H, groups + 1, V, K], and U [N, C, V]."""
+    the states that enter each group and that leave the last one [B H, groups + 1, V, K], U, and the true one [N, C, V]."""
     batch, length, heads, width = v_BTHV.shape
     _, count, chunk, keys = ready.wide_4NCK.shape
     groups = triton.cdiv(length, GROUP)
@@ -52,9 +54,9 @@ def walk(
 
 def walk_back(
     ready: Prepared, do_BTHV: Tensor, dlast_BHKV: Tensor | None, largest_BH: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dV [B, T, H, V] in `dtype`, the gradient of the state that enters [B, H, K, V] float32, and float16, times the
-    scale: those of the same states as in `walk` [B H, groups + 1, V, K], and Z [N, C, V]."""
+    scale: those of the same states as in `walk` [B H, groups + 1, V, K], Z, and the true one [N, C, V]."""
     batch, length, heads, width = do_BTHV.shape
     _, count, chunk, keys = ready.wide_4NCK.shape
     groups = triton.cdiv(length, GROUP)
@@ -108,7 +110,7 @@ def _launch(
         K=keys,
         V=width,
         BLOCK_V=block,
-        num_warps=max(block // VALUES_A_WARP, 1),
+        num_warps=block // VALUES_A_WARP,
         num_stages=STAGES,
     )
 

@@ -1,11 +1,11 @@
 """Gradients that are sums over values, for all groups of chunks and blocks of keys in parallel.
 
-With the letters of `prepare` and `state`, for every chunk
-    dR* = dO h^T    dW = Z h^T    dP* = dO V^T       and, with dH' the gradient of the state that leaves,
-    dK* = V dH'^T   dB^ = U dH'^T.
+With the letters of `prepare` and `state`, U and Z being the true ones, for every chunk
+    dO h^T    Z h^T    Z U^T    Z V^T    dO U^T    dO V^T       and, with dH' the gradient of the state that leaves,
+    V dH'^T   U dH'^T.
 Neither h nor dH' was kept for every chunk. A group's first h is there, and walks forwards through the group once more,
-h' = diag(g) h + K*^T V + B^^T U; so is its last dH', which walks backwards, dH = diag(g) dH' + R*^T dO + W^T Z. Since U
-and Z are known, rows of keys never meet, and a state is held as [K, V], ready to be the left operand.
+h' = diag(g) h + K*^T V + B^^T U; so is its last dH', which walks backwards, dH = diag(g) dH' + R*^T dO + W^T Z, with U
+and Z as the chain had them. Since these are known, rows of keys never meet, and a state is held as [K, V], ready to be the left operand.
 At the end of each group e = rowsum_V(dH' . h'), where the sums that lead to the gradient of log_w start.
 
 Legend: B batch, T time, H heads, K key width, V value width, C tokens of a chunk, N = B H chunks, G = B H groups.
@@ -36,8 +36,8 @@ def sum_values(
     dkept_GVK: Tensor,
     largest_BH: Tensor,
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """dR*, dW, dK*, dB^ [N, C, K] and dP* [N, C, C] (all its entries) in float16, e [B H, groups, K] in float32; all
-    times the scale."""
+    """dO h^T, Z h^T, V dH'^T, U dH'^T [N, C, K] and Z U^T, Z V^T, dO U^T, dO V^T [4, N, C, C] (all their entries) in
+    float16, e [B H, groups, K] in float32; all times the scale."""
     w_NCK, r_NCK, b_NCK, k_NCK = ready.wide_4NCK
     _, chunk, keys = w_NCK.shape
     lanes, borders = kept_GVK.shape[:2]
