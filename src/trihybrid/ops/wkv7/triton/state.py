@@ -35,7 +35,7 @@ def walk(
     ready: Prepared, v_BTHV: Tensor, state_BHKV: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o [B, T, H, V] in v's dtype, the state that leaves [B, H, K, V] float32, and for the backward, float16 or empty:
-    the states that enter each group and that leave the last one [B H, groups + 1, V, K], U, and the true one [N, C, V]."""
+    the states that enter each group and that leave the last one [B H, groups + 1, V, K], U and the true U [N, C, V]."""
     batch, length, heads, width = v_BTHV.shape
     _, count, chunk, keys = ready.wide_4NCK.shape
     groups = triton.cdiv(length, GROUP)

@@ -5,7 +5,8 @@ With the letters of `prepare` and `state`, U and Z being the true ones, for ever
     V dH'^T   U dH'^T.
 Neither h nor dH' was kept for every chunk. A group's first h is there, and walks forwards through the group once more,
 h' = diag(g) h + K*^T V + B^^T U; so is its last dH', which walks backwards, dH = diag(g) dH' + R*^T dO + W^T Z, with U
-and Z as the chain had them. Since these are known, rows of keys never meet, and a state is held as [K, V], ready to be the left operand.
+and Z as the chain had them. Since these are known, rows of keys never meet, and a state is held as [K, V], ready to be
+the left operand.
 At the end of each group e = rowsum_V(dH' . h'), where the sums that lead to the gradient of log_w start.
 
 Legend: B batch, T time, H heads, K key width, V value width, C tokens of a chunk, N = B H chunks, G = B H groups.
