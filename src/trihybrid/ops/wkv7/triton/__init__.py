@@ -101,7 +101,7 @@ def _forward(
     chunk: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, the last state, and for the backward, empty without `keep`: states, U, the true U, the fields of `Prepared`."""
+    """o, the last state, and for the backward, empty without `keep`, states, U, the true U, fields of `Prepared`."""
     from trihybrid.ops.wkv7.triton.prepare import Prepared, prepare
     from trihybrid.ops.wkv7.triton.state import walk
 
