@@ -18,7 +18,6 @@ __all__ = ["CHUNK", "wkv7_triton"]
 
 CHUNK = 16
 GROUP = 64  # tokens between two kept states
-KEEP_PREPARED = True
 WIDTHS = (16, 32, 64, 128)
 
 
@@ -109,7 +108,7 @@ def _forward(
     state = None if state_BHKV is None else state_BHKV.contiguous()
     ready = prepare(r, log_w, k, a, b, _bytes(reset_BT), chunk, gradient=keep)
     o_BTHV, last_BHKV, kept_GVK, u_NCV, true_u_NCV = walk(ready, v, state, keep)
-    if not (keep and KEEP_PREPARED):
+    if not keep:
         ready = Prepared(*(x.new_empty(0) for x in (ready.wide_4NCK, ready.square_4NCC, ready.g_NK)))
     return o_BTHV, last_BHKV, kept_GVK, u_NCV, true_u_NCV, ready.wide_4NCK, ready.square_4NCC, ready.g_NK
 
@@ -131,16 +130,15 @@ def _(
     width, lanes = v_BTHV.shape[-1], batch * heads
     count = lanes * ((length + chunk - 1) // chunk) if keep else 0
     half = partial(v_BTHV.new_empty, dtype=torch.float16)
-    prepared = count if KEEP_PREPARED else 0
     return (
         v_BTHV.new_empty(batch, length, heads, width),
         v_BTHV.new_empty(batch, heads, keys, width, dtype=torch.float32),
         half(lanes if keep else 0, (length + GROUP - 1) // GROUP + 1, width, keys),
         half(count, chunk, width),
         half(count, chunk, width),
-        half(4, prepared, chunk, keys) if prepared else half(0),
-        half(4, prepared, chunk, chunk) if prepared else half(0),
-        v_BTHV.new_empty((prepared, keys) if prepared else (0,), dtype=torch.float32),
+        half(4, count, chunk, keys) if keep else half(0),
+        half(4, count, chunk, chunk) if keep else half(0),
+        v_BTHV.new_empty((count, keys) if keep else (0,), dtype=torch.float32),
     )
 
 
@@ -164,7 +162,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, log_w, k, v, a, b in their dtypes, and of the first state, float32."""
     from trihybrid.ops.wkv7.triton.gradient import differentiate
-    from trihybrid.ops.wkv7.triton.prepare import Prepared, prepare
+    from trihybrid.ops.wkv7.triton.prepare import Prepared
     from trihybrid.ops.wkv7.triton.state import largest_gradient, walk_back
     from trihybrid.ops.wkv7.triton.sums import sum_values
 
@@ -174,15 +172,12 @@ def _backward(
     dlast = None if dlast_BHKV is None else dlast_BHKV.contiguous()
     reset = _bytes(reset_BT)
     largest_BH = largest_gradient(do, dlast)
-    if g_NK.numel():
-        ready = Prepared(wide_4NCK, square_4NCC, g_NK)
-    else:
-        ready = prepare(r, log_w, k, a, b, reset, u_NCV.shape[1], gradient=True)
+    ready = Prepared(wide_4NCK, square_4NCC, g_NK)
     dv_BTHV, dfirst_BHKV, dkept_GVK, z_NCV, true_z_NCV = walk_back(ready, do, dlast, largest_BH, v.dtype)
     sums, scores, e_GK = sum_values(
         ready, v, do, u_NCV, z_NCV, true_u_NCV, true_z_NCV, kept_GVK, dkept_GVK, largest_BH
     )
-    del ready, dkept_GVK, z_NCV, true_z_NCV  # before the gradients are allocated
+    del dkept_GVK, z_NCV, true_z_NCV  # before the gradients are allocated
     dr, dlog_w, dk, da, db = differentiate((r, log_w, k, a, b), reset, scores, sums, e_GK, largest_BH)
     return dr, dlog_w, dk, dv_BTHV, da, db, dfirst_BHKV
 

@@ -32,7 +32,7 @@ from trihybrid.ops.wkv7.triton.chunks import (
 )
 from trihybrid.ops.wkv7.triton.state import GROUP, power
 
-BLOCK_K, WARPS, STAGES, REGISTERS = 32, 1, 1, None  # one warp for the reason given in `prepare`
+BLOCK_K, WARPS, STAGES = 32, 1, 1  # one warp for the reason given in `prepare`
 
 
 def differentiate(
@@ -74,7 +74,6 @@ def differentiate(
         BLOCK_K=block,
         num_warps=WARPS,
         num_stages=STAGES,
-        maxnreg=REGISTERS,
     )
     return outputs
 

@@ -38,7 +38,7 @@ from trihybrid.ops.wkv7.triton.chunks import (
 )
 
 # A program is one warp, so that nothing waits for other warps, and takes keys in blocks, twice, to need few registers.
-BLOCK_K, WARPS, STAGES, REGISTERS = 32, 1, 2, None
+BLOCK_K, WARPS, STAGES = 32, 1, 2
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,6 @@ def prepare(
         BLOCK_K=min(BLOCK_K, width),
         num_stages=STAGES,
         num_warps=WARPS,
-        maxnreg=REGISTERS,
     )
     return Prepared(wide_4NCK, square_4NCC, g_NK)
 

@@ -26,7 +26,9 @@ from trihybrid.ops.wkv7.triton import GROUP
 from trihybrid.ops.wkv7.triton.chunks import rows, strides, tile
 from trihybrid.ops.wkv7.triton.prepare import Prepared
 
-BLOCK_V, STAGES = 32, 3
+BLOCK_V = 32
+# How far ahead tiles are fetched: further in a lone forward with chunks of 16, for which shared memory has room.
+STAGES, STAGES_ALONE = 3, 6
 VALUES_A_WARP = 16
 ROWS = 128  # tokens that one program searches for the largest gradient
 
@@ -111,7 +113,7 @@ def _launch(
         V=width,
         BLOCK_V=block,
         num_warps=block // VALUES_A_WARP,
-        num_stages=STAGES,
+        num_stages=STAGES if keep or chunk > 16 else STAGES_ALONE,
     )
 
 
