@@ -82,7 +82,9 @@ def main() -> int:
         workers |= {f"fla-{version}": str(Path(folder).resolve()) for version, folder in folders.items()}
     kept = None if arguments.json is None else arguments.json / "wkv7_gpu.json"
     rows: list[Row] = json.loads(kept.read_text()) if kept is not None and kept.exists() else []
-    rows = [row for row in rows if "failed" not in row or row["worker"] not in workers]  # these are tried again
+    rows = [
+        row for row in rows if "failed" not in row or row["worker"] not in workers
+    ]  # these are tried again
     for name, folder in workers.items():
         widths = WIDTHS if name == "ours" else peer_widths
         for row in work(name, folder, list(tasks(name, measures, widths)), arguments.modes):
