@@ -1,14 +1,17 @@
 """WKV-7 on a GPU beside its peers: time, memory and error, forward, backward and one decoded token.
 
-    python benchmarks/wkv7_gpu.py --fla 0.6.0=FOLDER --fla 0.4.1=FOLDER [--parts speed,errors,decode]
-        [--peer-widths 128,64] [--without-ours] [--json FOLDER]
+    python benchmarks/wkv7_gpu.py [--part ours] [--measure speed,errors,decode] [--json FOLDER]
+    python benchmarks/wkv7_gpu.py --part fla --fla 0.6.0=FOLDER --fla 0.4.1=FOLDER [--modes "lower_bound"]
+        [--peer-widths 128,64] [--json FOLDER]
 
-Each version of fla-core runs in a process of its own, in all of its modes and with its whole lists of configurations
-for the tuner, some 300 a mode and width. FOLDER is its unpacked wheel (python -m zipfile -e FILE FOLDER); without one a
-version is left out, with a line. bfloat16 throughout. Times are medians of GPU time from a cold cache; a copy of the
-bytes that have to move is timed alike. Errors are relative and rms, against the float64 recurrence (beyond 2,048 tokens
-its float64 chunked form), the worst over lengths, widths, with and without a state, and packed documents.
---json writes the rows as wkv7_gpu.json into FOLDER, as they come. Exits with 1 when a target is missed.
+Without --part both run. Each version of fla-core runs in a process of its own, in all of its modes (or in those whose
+name holds what --modes says) and with its whole lists of configurations for the tuner, some 300 a mode and width.
+FOLDER is its unpacked wheel (python -m zipfile -e FILE FOLDER); without one a version is left out, with a line.
+bfloat16 throughout. Times are medians of GPU time from a cold cache; a copy of the bytes that have to move is timed
+alike. Errors are relative and rms, against the float64 recurrence (beyond 2,048 tokens its float64 chunked form), the
+worst over lengths, widths, with and without a state, and packed documents.
+--json writes the rows as wkv7_gpu.json into FOLDER, as they come. Rows that another call left there are kept where they
+are not measured anew, and are in the tables: so one part may run after the other. Exits with 1 when a target is missed.
 """
 
 import argparse
@@ -42,7 +45,8 @@ RIGHT = (
     0.1  # a mode with a worst error below this counts as right; decays that RWKV-7 cannot make do not count
 )
 FLA = ("0.6.0", "0.4.1")
-PARTS = ("speed", "errors", "decode")
+MEASURES = ("speed", "errors", "decode")
+PARTS = ("ours", "fla")
 
 FORWARD_MS, BOTH_MS, BATCHED_MS = 0.25, 0.80, 4.5
 FORWARD_RATIO, BOTH_RATIO, DECODE_RATIO = 3.0, 2.7, 2.0
@@ -54,12 +58,13 @@ def main() -> int:
     """Run every worker, print the tables, and return the exit code."""
     parser = argparse.ArgumentParser(description="WKV-7 on a GPU beside its peers.")
     parser.add_argument("--fla", action="append", default=[], metavar="VERSION=FOLDER", help="a peer")
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--part", choices=PARTS, help="our kernels alone, or their peers; both if not given")
+    parser.add_argument("--measure", default=",".join(MEASURES), help=f"some of {','.join(MEASURES)}")
+    parser.add_argument("--modes", default="", help="peers' modes whose name holds this; all if not given")
     parser.add_argument("--peer-widths", default="128", help="head widths of the peers; each is tuned anew")
-    parser.add_argument("--without-ours", action="store_true", help="the peers alone")
     parser.add_argument("--json", type=Path, metavar="FOLDER", help="write wkv7_gpu.json into this folder")
     arguments = parser.parse_args()
-    parts = arguments.parts.split(",")
+    measures = arguments.measure.split(",")
     peer_widths = [int(width) for width in arguments.peer_widths.split(",")]
     folders = dict(peer.partition("=")[::2] for peer in arguments.fla)
     for version, folder in folders.items():
@@ -67,24 +72,29 @@ def main() -> int:
             parser.error(
                 f"--fla {version}={folder}: no folder 'fla' in there; give the unpacked wheel of fla-core"
             )
-    if wrong := set(parts) - set(PARTS):
-        parser.error(f"--parts has {', '.join(wrong)}; expected some of {', '.join(PARTS)}")
-    for version in FLA:
-        if version not in folders:
-            print(f"fla-core {version}: left out, since no --fla {version}=FOLDER was given")
-    workers = {} if arguments.without_ours else {"ours": ""}
-    workers |= {f"fla-{version}": str(Path(folder).resolve()) for version, folder in folders.items()}
-    rows: list[Row] = []
+    if wrong := set(measures) - set(MEASURES):
+        parser.error(f"--measure has {', '.join(wrong)}; expected some of {', '.join(MEASURES)}")
+    workers = {} if arguments.part == "fla" else {"ours": ""}
+    if arguments.part != "ours":
+        for version in FLA:
+            if version not in folders:
+                print(f"fla-core {version}: left out, since no --fla {version}=FOLDER was given")
+        workers |= {f"fla-{version}": str(Path(folder).resolve()) for version, folder in folders.items()}
+    kept = None if arguments.json is None else arguments.json / "wkv7_gpu.json"
+    rows: list[Row] = json.loads(kept.read_text()) if kept is not None and kept.exists() else []
+    rows = [
+        row for row in rows if "failed" not in row or row["worker"] not in workers
+    ]  # these are tried again
     for name, folder in workers.items():
         widths = WIDTHS if name == "ours" else peer_widths
-        for row in work(name, folder, list(tasks(name, parts, widths))):
-            rows.append(row)
-            if arguments.json is not None:
-                arguments.json.mkdir(parents=True, exist_ok=True)
-                (arguments.json / "wkv7_gpu.json").write_text(json.dumps(rows, indent=2) + "\n")
-    for part, table in (("speed", speed_table), ("errors", error_table), ("decode", decode_table)):
-        if part in parts:
-            print(f"\n{part}")
+        for row in work(name, folder, list(tasks(name, measures, widths)), arguments.modes):
+            rows = [other for other in rows if identity(other) != identity(row)] + [row]
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(rows, indent=2) + "\n")
+    for measure, table in (("speed", speed_table), ("errors", error_table), ("decode", decode_table)):
+        if measure in measures:
+            print(f"\n{measure}")
             table(rows)
     missed = list(targets(rows))
     for line in missed:
@@ -92,10 +102,10 @@ def main() -> int:
     return 1 if missed else 0
 
 
-def tasks(name: str, parts: list[str], widths: Sequence[int]) -> Iterator[Row]:
+def tasks(name: str, measures: list[str], widths: Sequence[int]) -> Iterator[Row]:
     """What a worker does, what may end its process last."""
     ours = name == "ours"
-    if "speed" in parts:
+    if "speed" in measures:
         for shape in (shape for shape in SHAPES if shape[3] in widths):
             if ours:
                 yield {"task": "copy", "shape": shape}
@@ -104,22 +114,28 @@ def tasks(name: str, parts: list[str], widths: Sequence[int]) -> Iterator[Row]:
                 "shape": shape,
                 "only": OURS if ours and shape != HEADLINE else None,
             }
-    if "decode" in parts:
+    if "decode" in measures:
         for batch in BATCHES:
             yield {"task": "decode", "batch": batch, "width": HEADLINE[3]}
-    if "errors" in parts:
+    if "errors" in measures:
         for kind in KINDS:
             yield {"task": "errors", "kind": kind, "lengths": LENGTHS, "widths": list(widths)}
         for kind in LONG_KINDS:
             yield {"task": "errors", "kind": kind, "lengths": LONG[1:2], "widths": LONG[3:]}
 
 
-def work(name: str, folder: str, waiting: list[Row]) -> Iterator[Row]:
+def identity(row: Row) -> str:
+    """What a row is of: a call that measures it anew replaces it."""
+    named = ("worker", "mode", "task", "shape", "kind", "lengths", "widths", "batch", "width")
+    return json.dumps([row.get(name) for name in named])
+
+
+def work(name: str, folder: str, waiting: list[Row], modes: str) -> Iterator[Row]:
     """The rows of a worker. When it dies, the task that it was at is a row that says so, and another worker goes on."""
     while waiting:
         print(f"{name}: {len(waiting)} tasks", file=sys.stderr, flush=True)
         process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("wkv7_gpu_worker.py")), name, folder],
+            [sys.executable, str(Path(__file__).with_name("wkv7_gpu_worker.py")), name, folder, modes],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -46,13 +46,14 @@ tuned: dict[str, int] = {}
 
 
 def main() -> None:
-    """Tasks from standard input; worker name and the peer's folder ("" for none) from the command line."""
-    name, folder = sys.argv[1:]
+    """Tasks from standard input; from the command line the worker's name, the peer's folder ("" for none), and what the
+    names of the peer's modes must hold."""
+    name, folder, holds = sys.argv[1:]
     if folder:
         sys.path.insert(0, folder)
     warnings.simplefilter("ignore")
     tune_in_parallel()
-    modes = operators(name)
+    modes = {mode: x for mode, x in operators(name).items() if name == "ours" or holds in mode}
     for task in json.load(sys.stdin):
         show({"started": task})
         for row in TASKS[task["task"]](name, modes, **{k: v for k, v in task.items() if k != "task"}):

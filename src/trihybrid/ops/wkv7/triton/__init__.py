@@ -1,14 +1,15 @@
 """WKV-7 on the tensor cores of a GPU: chunks of 16 tokens, forward and backward, in four kernels.
 
 Forward: `prepare` (all chunks in parallel), then `state` (the serial chain, in parallel over heads and blocks of
-values). Backward: `prepare` again, `state` in reverse, `sums` (over values, all groups of 64 tokens in parallel) and
-`gradient` (the rest). Kept from the forward are the inputs, U in float16 (the size of v), and one state in float16 for
-every 64 tokens.
+values). Backward: `state` in reverse, `sums` (over values, all groups of 64 tokens in parallel) and
+`gradient` (the rest). Kept from the forward are the inputs, U in two forms and what `prepare` found in float16 (six and
+a half times the size of v), and one state in float16 for every 64 tokens.
 
 Legend: B batch, T time, H heads, K key width, V value width, C tokens of a chunk, N = B H chunks, G = B H groups.
 """
 
 import importlib.util
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def wkv7_triton(
             state_BHKV = state_BHKV.masked_fill(reset_BT[:, 0, None, None, None], 0.0)
     tensors = (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, state_BHKV)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    o_BTHV, last_BHKV, _, _ = _forward(*tensors, reset_BT, chunk, keep)
+    o_BTHV, last_BHKV, *_ = _forward(*tensors, reset_BT, chunk, keep)
     return o_BTHV, last_BHKV
 
 
@@ -98,15 +99,18 @@ def _forward(
     reset_BT: Tensor | None,
     chunk: int,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o, the last state, and the kept states and U, which are empty without `keep`."""
-    from trihybrid.ops.wkv7.triton.prepare import prepare
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, the last state, and for the backward, empty without `keep`, states, U, the true U, fields of `Prepared`."""
+    from trihybrid.ops.wkv7.triton.prepare import Prepared, prepare
     from trihybrid.ops.wkv7.triton.state import walk
 
     r, log_w, k, v, a, b = (_dense(x) for x in (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK))
     state = None if state_BHKV is None else state_BHKV.contiguous()
-    ready = prepare(r, log_w, k, a, b, _bytes(reset_BT), chunk, gradient=False)
-    return walk(ready, v, state, keep)
+    ready = prepare(r, log_w, k, a, b, _bytes(reset_BT), chunk, gradient=keep)
+    o_BTHV, last_BHKV, kept_GVK, u_NCV, true_u_NCV = walk(ready, v, state, keep)
+    if not keep:
+        ready = Prepared(*(x.new_empty(0) for x in (ready.wide_4NCK, ready.square_4NCC, ready.g_NK)))
+    return o_BTHV, last_BHKV, kept_GVK, u_NCV, true_u_NCV, ready.wide_4NCK, ready.square_4NCC, ready.g_NK
 
 
 @_forward.register_fake
@@ -121,18 +125,20 @@ def _(
     reset_BT: Tensor | None,
     chunk: int,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, length, heads, keys = r_BTHK.shape
     width, lanes = v_BTHV.shape[-1], batch * heads
+    count = lanes * ((length + chunk - 1) // chunk) if keep else 0
+    half = partial(v_BTHV.new_empty, dtype=torch.float16)
     return (
         v_BTHV.new_empty(batch, length, heads, width),
         v_BTHV.new_empty(batch, heads, keys, width, dtype=torch.float32),
-        v_BTHV.new_empty(
-            lanes if keep else 0, (length + GROUP - 1) // GROUP + 1, width, keys, dtype=torch.float16
-        ),
-        v_BTHV.new_empty(
-            lanes * ((length + chunk - 1) // chunk) if keep else 0, chunk, width, dtype=torch.float16
-        ),
+        half(lanes if keep else 0, (length + GROUP - 1) // GROUP + 1, width, keys),
+        half(count, chunk, width),
+        half(count, chunk, width),
+        half(4, count, chunk, keys) if keep else half(0),
+        half(4, count, chunk, chunk) if keep else half(0),
+        v_BTHV.new_empty((count, keys) if keep else (0,), dtype=torch.float32),
     )
 
 
@@ -149,10 +155,14 @@ def _backward(
     reset_BT: Tensor | None,
     kept_GVK: Tensor,
     u_NCV: Tensor,
+    true_u_NCV: Tensor,
+    wide_4NCK: Tensor,
+    square_4NCC: Tensor,
+    g_NK: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, log_w, k, v, a, b in their dtypes, and of the first state, float32."""
     from trihybrid.ops.wkv7.triton.gradient import differentiate
-    from trihybrid.ops.wkv7.triton.prepare import prepare
+    from trihybrid.ops.wkv7.triton.prepare import Prepared
     from trihybrid.ops.wkv7.triton.state import largest_gradient, walk_back
     from trihybrid.ops.wkv7.triton.sums import sum_values
 
@@ -162,12 +172,13 @@ def _backward(
     dlast = None if dlast_BHKV is None else dlast_BHKV.contiguous()
     reset = _bytes(reset_BT)
     largest_BH = largest_gradient(do, dlast)
-    ready = prepare(r, log_w, k, a, b, reset, u_NCV.shape[1], gradient=True)
-    dv_BTHV, dfirst_BHKV, dkept_GVK, z_NCV = walk_back(ready, do, dlast, largest_BH, v.dtype)
-    sums = sum_values(ready, v, do, u_NCV, z_NCV, kept_GVK, dkept_GVK, largest_BH)
-    scores = (ready.f_NCC, ready.n_NCC, ready.q_NCC)
-    del ready, dkept_GVK, z_NCV  # before the gradients are allocated
-    dr, dlog_w, dk, da, db = differentiate((r, log_w, k, a, b), reset, scores, sums, largest_BH)
+    ready = Prepared(wide_4NCK, square_4NCC, g_NK)
+    dv_BTHV, dfirst_BHKV, dkept_GVK, z_NCV, true_z_NCV = walk_back(ready, do, dlast, largest_BH, v.dtype)
+    sums, scores, e_GK = sum_values(
+        ready, v, do, u_NCV, z_NCV, true_u_NCV, true_z_NCV, kept_GVK, dkept_GVK, largest_BH
+    )
+    del dkept_GVK, z_NCV, true_z_NCV  # before the gradients are allocated
+    dr, dlog_w, dk, da, db = differentiate((r, log_w, k, a, b), reset, scores, sums, e_GK, largest_BH)
     return dr, dlog_w, dk, dv_BTHV, da, db, dfirst_BHKV
 
 
@@ -184,6 +195,10 @@ def _(
     reset_BT: Tensor | None,
     kept_GVK: Tensor,
     u_NCV: Tensor,
+    true_u_NCV: Tensor,
+    wide_4NCK: Tensor,
+    square_4NCC: Tensor,
+    g_NK: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, _, heads, keys = r_BTHK.shape
     like = (x.new_empty(x.shape) for x in (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK))
@@ -193,18 +208,18 @@ def _(
 
 def _keep(ctx, inputs, output) -> None:
     r, log_w, k, v, a, b, state, reset, _, _ = inputs
-    _, _, kept_GVK, u_NCV = output
-    ctx.mark_non_differentiable(kept_GVK, u_NCV)
+    _, _, *kept = output
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(r, log_w, k, v, a, b, reset, kept_GVK, u_NCV)
+    ctx.save_for_backward(r, log_w, k, v, a, b, reset, *kept)
     ctx.has_state = state is not None
 
 
-def _differentiate(ctx, do_BTHV, dlast_BHKV, _kept, _u) -> tuple[Tensor | None, ...]:
-    r, log_w, k, v, a, b, reset, kept_GVK, u_NCV = ctx.saved_tensors
+def _differentiate(ctx, do_BTHV, dlast_BHKV, *_kept) -> tuple[Tensor | None, ...]:
+    r, log_w, k, v, a, b, reset, *kept = ctx.saved_tensors
     if do_BTHV is None:
         do_BTHV = torch.zeros_like(v)
-    *gradients, dstate_BHKV = _backward(do_BTHV, dlast_BHKV, r, log_w, k, v, a, b, reset, kept_GVK, u_NCV)
+    *gradients, dstate_BHKV = _backward(do_BTHV, dlast_BHKV, r, log_w, k, v, a, b, reset, *kept)
     return *gradients, dstate_BHKV if ctx.has_state else None, None, None, None
 
 

@@ -4,7 +4,7 @@ With c_i = sum_{j <= i} log_w_j in the chunk, c'_i = c_{i-1}, m = c in its middl
     A~ = a e^{c' - m}   R~ = r e^{c - m}   B- = b e^{m - c}   K- = k e^{m - c}
     A^ = A~ e^m         R^ = R~ e^m        B^ = b e^{c_C - c} K^ = k e^{c_C - c}       (all factors <= 1)
     L = tril(A~ B-^T, -1)   M = tril(A~ K-^T, -1)   Q = tril(R~ B-^T)   P = tril(R~ K-^T)   F = (I - L)^{-1}
-    W = F A^   N = F M   R* = R^ + Q W   K* = K^ + N^T B^   P* = P + Q N   g = e^{c_C}
+    W = F A^   N = F M   E = Q F   R* = R^ + Q W   K* = K^ + N^T B^   P* = P + Q N   g = e^{c_C}
 a chunk with values V takes the state h that enters to
     o = R* h + P* V     h' = diag(g) h + B^^T (W h) + K*^T V.
 The inverse is found by doubling the size of inverted diagonal blocks, F_2s = F_s + F_s (L . corner_2s) F_s: every
@@ -25,7 +25,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trihybrid.ops.wkv7.triton.chunks import documents, exponents, pairs, rows, steepest, strides, tile
+from trihybrid.ops.wkv7.triton.chunks import (
+    BITS,
+    documents,
+    exponents,
+    inside,
+    pairs,
+    rows,
+    steepest,
+    strides,
+    tile,
+)
 
 # A program is one warp, so that nothing waits for other warps, and takes keys in blocks, twice, to need few registers.
 BLOCK_K, WARPS, STAGES = 32, 1, 2
@@ -33,17 +43,12 @@ BLOCK_K, WARPS, STAGES = 32, 1, 2
 
 @dataclass(frozen=True)
 class Prepared:
-    """W, R*, B^, K*, P* and g of every chunk, and F, N, Q for the gradients (empty when not asked for)."""
+    """W, R*, B^, K* [4, N, C, K] and P*, F, N, E = Q F [4, N, C, C] (P* alone without a gradient) in float16, and g
+    [N, K] in float32, of every chunk."""
 
-    w_NCK: Tensor  # float16, as are all but g
-    r_NCK: Tensor
-    b_NCK: Tensor
-    k_NCK: Tensor
-    p_NCC: Tensor
-    g_NK: Tensor  # float32
-    f_NCC: Tensor
-    n_NCC: Tensor
-    q_NCC: Tensor
+    wide_4NCK: Tensor
+    square_4NCC: Tensor
+    g_NK: Tensor
 
 
 def prepare(
@@ -58,17 +63,16 @@ def prepare(
 ) -> Prepared:
     """Prepare all chunks of `chunk` tokens; the last one is padded. The last dimensions are contiguous.
 
-    reset_BT: uint8, contiguous, or None. gradient: whether F, N and Q are wanted.
+    reset_BT: uint8, contiguous, or None. gradient: whether F, N and E are wanted.
     """
     batch, length, heads, width = r_BTHK.shape
     chunks = triton.cdiv(length, chunk)
     count = batch * heads * chunks
     half = partial(torch.empty, device=r_BTHK.device, dtype=torch.float16)
-    wide = tuple(half(count, chunk, width) for _ in range(4))
-    p_NCC = half(count, chunk, chunk)
+    wide_4NCK = half(4, count, chunk, width)
+    square_4NCC = half(4 if gradient else 1, count, chunk, chunk)
     g_NK = torch.empty(count, width, device=r_BTHK.device, dtype=torch.float32)
-    kept = tuple(half(count if gradient else 0, chunk, chunk) for _ in range(3))
-    ready = Prepared(*wide, p_NCC, g_NK, *kept)  # type: ignore[call-arg]
+    p_NCC = square_4NCC[0]
     _prepare[(count,)](
         r_BTHK,
         log_w_BTHK,
@@ -76,10 +80,10 @@ def prepare(
         a_BTHK,
         b_BTHK,
         p_NCC if reset_BT is None else reset_BT,
-        *wide,
+        *wide_4NCK,
         p_NCC,
         g_NK,
-        *kept,
+        *(square_4NCC[1:] if gradient else (p_NCC, p_NCC, p_NCC)),
         length,
         chunks,
         heads,
@@ -90,6 +94,7 @@ def prepare(
         *strides(b_BTHK),
         STEEPEST=steepest(chunk),
         HAS_RESET=reset_BT is not None,
+        WHOLE=length % chunk == 0,
         GRADIENT=gradient,
         C=chunk,
         K=width,
@@ -97,7 +102,7 @@ def prepare(
         num_stages=STAGES,
         num_warps=WARPS,
     )
-    return ready
+    return Prepared(wide_4NCK, square_4NCC, g_NK)
 
 
 @triton.jit
@@ -132,7 +137,7 @@ def _prepare(
     g_NK,
     f_NCC,
     n_NCC,
-    q_NCC,
+    e_NCC,
     length,
     chunks,
     heads,
@@ -153,6 +158,7 @@ def _prepare(
     b_stride_h,
     STEEPEST: tl.constexpr,
     HAS_RESET: tl.constexpr,
+    WHOLE: tl.constexpr,
     GRADIENT: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
@@ -165,9 +171,8 @@ def _prepare(
     chunk, batch = rest % chunks, rest // chunks
     number = (batch * heads + head) * chunks + chunk
     start = chunk * C
-    inside_C = start + tl.arange(0, C) < length
+    inside_C1 = inside(start, length, C, WHOLE)
     starts_C, document_C = documents(reset, batch, start, length, C, HAS_RESET)
-    inside_C1 = inside_C[:, None]
     log_w = rows(log_w, w_stride_b, w_stride_t, w_stride_h, batch, head, start, C, BLOCK_K)
     r = rows(r, r_stride_b, r_stride_t, r_stride_h, batch, head, start, C, BLOCK_K)
     k = rows(k, k_stride_b, k_stride_t, k_stride_h, batch, head, start, C, BLOCK_K)
@@ -185,9 +190,9 @@ def _prepare(
         r_CK = tl.load(r + key, mask=inside_C1, other=0.0).to(tl.float32)
         w_CK, c_CK, middle_1K, _ = exponents(log_w + key, starts_C, inside_C1, STEEPEST, C)
         c_CK -= middle_1K
-        rise_CK = tl.exp(-c_CK)
-        a_CK *= tl.exp(c_CK - w_CK)
-        r_CK *= tl.exp(c_CK)
+        rise_CK = tl.exp2(-c_CK)
+        a_CK *= tl.exp2(c_CK - w_CK * BITS)
+        r_CK *= tl.exp2(c_CK)
         b_KC = tl.trans(b_CK * rise_CK)
         k_KC = tl.trans(k_CK * rise_CK)
         l_CC = tl.dot(a_CK, b_KC, l_CC, input_precision="tf32")
@@ -207,7 +212,7 @@ def _prepare(
     if GRADIENT:
         tl.store(tile(f_NCC, number, C, C, C), f_CC)
         tl.store(tile(n_NCC, number, C, C, C), n_CC)
-        tl.store(tile(q_NCC, number, C, C, C), q_CC)
+        tl.store(tile(e_NCC, number, C, C, C), tl.dot(q_CC, f_CC).to(tl.float16))
 
     borders = tl.sum(starts_C, 0)
     for key in range(0, K, BLOCK_K):
@@ -216,10 +221,10 @@ def _prepare(
         k_CK = tl.load(k + key, mask=inside_C1, other=0.0).to(tl.float32)
         r_CK = tl.load(r + key, mask=inside_C1, other=0.0).to(tl.float32)
         w_CK, c_CK, _, total_1K = exponents(log_w + key, starts_C, inside_C1, STEEPEST, C)
-        leave_CK = tl.exp(total_1K - c_CK)
-        r_CK *= tl.exp(c_CK)
-        a_CK *= tl.exp(c_CK - w_CK)
-        gate_1K = tl.exp(total_1K)
+        leave_CK = tl.exp2(total_1K - c_CK)
+        r_CK *= tl.exp2(c_CK)
+        a_CK *= tl.exp2(c_CK - w_CK * BITS)
+        gate_1K = tl.exp2(total_1K)
         if HAS_RESET:
             r_CK = tl.where((document_C == 0)[:, None], r_CK, 0.0)
             a_CK = tl.where((document_C == 0)[:, None], a_CK, 0.0)

@@ -4,6 +4,8 @@ Forwards (the letters are those of `prepare`), with the state held as h^T [V, K]
     U^T = h^T W^T     o^T = h^T R*^T + V^T P*^T     h'^T = h^T diag(g) + U^T B^ + V^T K*.
 The gradient of the state walks backwards by the same equations, with W and B^, R* and K* exchanged and P* transposed:
     Z^T = dH'^T B^^T     dV^T = dH'^T K*^T + dO^T P*     dH^T = dH'^T diag(g) + Z^T W + dO^T R*.
+For the gradients, the chain also leaves what u_t = S_{t-1}^T a_t and z_t = dS_t^T b_t truly are for every token,
+    U + N V     and     F^T Z + E^T dO.
 Transposed, a product that the next one reads is already where that one wants it, in registers: with all warps along
 the values nothing of the chain goes through shared memory. Value columns never meet.
 
@@ -24,61 +26,67 @@ from trihybrid.ops.wkv7.triton import GROUP
 from trihybrid.ops.wkv7.triton.chunks import rows, strides, tile
 from trihybrid.ops.wkv7.triton.prepare import Prepared
 
-BLOCK_V, STAGES = 32, 3
+BLOCK_V = 32
+# How far ahead tiles are fetched: further in a lone forward with chunks of 16, for which shared memory has room.
+STAGES, STAGES_ALONE = 3, 6
 VALUES_A_WARP = 16
 ROWS = 128  # tokens that one program searches for the largest gradient
 
 
 def walk(
     ready: Prepared, v_BTHV: Tensor, state_BHKV: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o [B, T, H, V] in v's dtype, the state that leaves [B, H, K, V] float32, and for the backward, float16 or empty:
-    the states that enter each group and that leave the last one [B H, groups + 1, V, K], and U [N, C, V]."""
+    the states that enter each group and that leave the last one [B H, groups + 1, V, K], U and the true U [N, C, V]."""
     batch, length, heads, width = v_BTHV.shape
-    _, chunk, keys = ready.w_NCK.shape
+    _, count, chunk, keys = ready.wide_4NCK.shape
     groups = triton.cdiv(length, GROUP)
     half = partial(torch.empty, device=v_BTHV.device, dtype=torch.float16)
     o_BTHV = torch.empty(v_BTHV.shape, device=v_BTHV.device, dtype=v_BTHV.dtype)
     last_BHKV = torch.empty(batch, heads, keys, width, device=v_BTHV.device, dtype=torch.float32)
     kept_GVK = half(batch * heads if keep else 0, groups + 1, width, keys)
-    u_NCV = half(len(ready.w_NCK) if keep else 0, chunk, width)
-    operands = (ready.w_NCK, ready.b_NCK, ready.r_NCK, ready.k_NCK, ready.p_NCC, ready.g_NK)
-    outputs = (o_BTHV, u_NCV, kept_GVK, last_BHKV)
+    u_NCV, true_NCV = (half(count if keep else 0, chunk, width) for _ in range(2))
+    w_NCK, r_NCK, b_NCK, k_NCK = ready.wide_4NCK
+    p_NCC, n_NCC = ready.square_4NCC[0], ready.square_4NCC[2 if keep else 0]
+    operands = (w_NCK, b_NCK, r_NCK, k_NCK, p_NCC, ready.g_NK, n_NCC, n_NCC)
+    outputs = (o_BTHV, u_NCV, true_NCV, kept_GVK, last_BHKV)
     _launch(operands, v_BTHV, state_BHKV, outputs, None, keep, reverse=False)
-    return o_BTHV, last_BHKV, kept_GVK, u_NCV
+    return o_BTHV, last_BHKV, kept_GVK, u_NCV, true_NCV
 
 
 def walk_back(
     ready: Prepared, do_BTHV: Tensor, dlast_BHKV: Tensor | None, largest_BH: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dV [B, T, H, V] in `dtype`, the gradient of the state that enters [B, H, K, V] float32, and float16, times the
-    scale: those of the same states as in `walk` [B H, groups + 1, V, K], and Z [N, C, V]."""
+    scale: those of the same states as in `walk` [B H, groups + 1, V, K], Z, and the true one [N, C, V]."""
     batch, length, heads, width = do_BTHV.shape
-    _, chunk, keys = ready.w_NCK.shape
+    _, count, chunk, keys = ready.wide_4NCK.shape
     groups = triton.cdiv(length, GROUP)
     half = partial(torch.empty, device=do_BTHV.device, dtype=torch.float16)
     dv_BTHV = torch.empty(do_BTHV.shape, device=do_BTHV.device, dtype=dtype)
     dfirst_BHKV = torch.empty(batch, heads, keys, width, device=do_BTHV.device, dtype=torch.float32)
     dkept_GVK = half(batch * heads, groups + 1, width, keys)
-    z_NCV = half(len(ready.w_NCK), chunk, width)
-    operands = (ready.b_NCK, ready.w_NCK, ready.k_NCK, ready.r_NCK, ready.p_NCC, ready.g_NK)
-    outputs = (dv_BTHV, z_NCV, dkept_GVK, dfirst_BHKV)
+    z_NCV, true_NCV = (half(count, chunk, width) for _ in range(2))
+    w_NCK, r_NCK, b_NCK, k_NCK = ready.wide_4NCK
+    p_NCC, f_NCC, _, e_NCC = ready.square_4NCC
+    operands = (b_NCK, w_NCK, k_NCK, r_NCK, p_NCC, ready.g_NK, e_NCC, f_NCC)
+    outputs = (dv_BTHV, z_NCV, true_NCV, dkept_GVK, dfirst_BHKV)
     _launch(operands, do_BTHV, dlast_BHKV, outputs, largest_BH, True, reverse=True)
-    return dv_BTHV, dfirst_BHKV, dkept_GVK, z_NCV
+    return dv_BTHV, dfirst_BHKV, dkept_GVK, z_NCV, true_NCV
 
 
 def _launch(
     operands: tuple[Tensor, ...],
     x_BTHV: Tensor,
     first_BHKV: Tensor | None,
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     largest_BH: Tensor | None,
     keep: bool,
     reverse: bool,
 ) -> None:
     batch, length, heads, width = x_BTHV.shape
     _, chunk, keys = operands[0].shape
-    y_BTHV, u_NCV, kept_GVK, last_BHKV = outputs
+    y_BTHV, u_NCV, true_NCV, kept_GVK, last_BHKV = outputs
     block = min(BLOCK_V, width)
     _walk[(batch * heads * (width // block),)](
         *operands,
@@ -87,8 +95,10 @@ def _launch(
         last_BHKV if largest_BH is None else largest_BH,
         y_BTHV,
         u_NCV,
+        true_NCV,
         kept_GVK,
         last_BHKV,
+        1.0,
         length,
         triton.cdiv(length, chunk),
         heads,
@@ -103,7 +113,7 @@ def _launch(
         V=width,
         BLOCK_V=block,
         num_warps=block // VALUES_A_WARP,
-        num_stages=STAGES,
+        num_stages=STAGES if keep or chunk > 16 else STAGES_ALONE,
     )
 
 
@@ -176,13 +186,17 @@ def _walk(
     write_NCK,
     p_NCC,
     g_NK,
+    along_NCC,
+    f_NCC,
     x,
     first,
     largest,
     y,
     u_NCV,
+    true_NCV,
     kept,
     last,
+    scale,
     length,
     chunks,
     heads,
@@ -211,7 +225,6 @@ def _walk(
     key_K = tl.arange(0, K)
     at_state_VK = lane * (K * V) + key_K[None, :] * V + value_V[:, None]
     at_kept_VK = lane * (groups + 1) * (K * V) + value_V[:, None] * K + key_K[None, :]
-    scale = 1.0
     if REVERSE:
         scale = power(tl.load(largest + lane))
     h_VK = tl.zeros((BLOCK_V, K), tl.float32)
@@ -235,11 +248,10 @@ def _walk(
         back_CK = tl.load(tile(back_NCK, number, C, K, K))
         write_CK = tl.load(tile(write_NCK, number, C, K, K))
         p_CC = tl.load(tile(p_NCC, number, C, C, C))
-        if REVERSE:
-            x_CV = x_CV.to(tl.float32) * scale
-        else:
+        if not REVERSE:
             p_CC = tl.trans(p_CC)
-        x_VC = tl.trans(x_CV.to(tl.float16))
+        # Forwards the scale is 1; without a product the compiler would not fetch x ahead, and the chain would wait.
+        x_VC = tl.trans((x_CV.to(tl.float32) * scale).to(tl.float16))
         half_VK = h_VK.to(tl.float16)
         # With U first the compiler lays all warps along the values, as the chain wants it.
         u_VC = tl.dot(half_VK, tl.trans(across_CK)).to(tl.float16)
@@ -254,8 +266,15 @@ def _walk(
         at_y = rows(y + column, y_stride_b, y_stride_t, y_stride_h, batch, head, start, C, BLOCK_V)
         tl.store(at_y, tl.trans(y_VC).to(y.dtype.element_ty), mask=inside_C1)
         if KEEP:
-            at_u = u_NCV + number * (C * V) + tl.arange(0, C)[:, None] * V + value_V[None, :]
-            tl.store(at_u, tl.trans(u_VC))
+            along_CC = tl.load(tile(along_NCC, number, C, C, C))
+            if REVERSE:
+                true_VC = tl.dot(u_VC, tl.load(tile(f_NCC, number, C, C, C)))
+                true_VC = tl.dot(x_VC, along_CC, true_VC).to(tl.float16)
+            else:
+                true_VC = tl.dot(x_VC, tl.trans(along_CC), u_VC.to(tl.float32)).to(tl.float16)
+            at_CV = number * (C * V) + tl.arange(0, C)[:, None] * V + value_V[None, :]
+            tl.store(u_NCV + at_CV, tl.trans(u_VC))
+            tl.store(true_NCV + at_CV, tl.trans(true_VC))
             # Where this chunk ends, forwards, or starts, a group does.
             if REVERSE:
                 at_border = chunk % GROUP_CHUNKS == 0

@@ -1,11 +1,12 @@
 """Gradients that are sums over values, for all groups of chunks and blocks of keys in parallel.
 
-With the letters of `prepare` and `state`, for every chunk
-    dR* = dO h^T    dW = Z h^T    dP* = dO V^T       and, with dH' the gradient of the state that leaves,
-    dK* = V dH'^T   dB^ = U dH'^T.
+With the letters of `prepare` and `state`, U and Z being the true ones, for every chunk
+    dO h^T    Z h^T    Z U^T    Z V^T    dO U^T    dO V^T       and, with dH' the gradient of the state that leaves,
+    V dH'^T   U dH'^T.
 Neither h nor dH' was kept for every chunk. A group's first h is there, and walks forwards through the group once more,
-h' = diag(g) h + K*^T V + B^^T U; so is its last dH', which walks backwards, dH = diag(g) dH' + R*^T dO + W^T Z. Since U
-and Z are known, rows of keys never meet, and a state is held as [K, V], ready to be the left operand.
+h' = diag(g) h + K*^T V + B^^T U; so is its last dH', which walks backwards, dH = diag(g) dH' + R*^T dO + W^T Z, with U
+and Z as the chain had them. Since these are known, rows of keys never meet, and a state is held as [K, V], ready to be
+the left operand.
 At the end of each group e = rowsum_V(dH' . h'), where the sums that lead to the gradient of log_w start.
 
 Legend: B batch, T time, H heads, K key width, V value width, C tokens of a chunk, N = B H chunks, G = B H groups.
@@ -30,16 +31,19 @@ def sum_values(
     do_BTHV: Tensor,
     u_NCV: Tensor,
     z_NCV: Tensor,
+    true_u_NCV: Tensor,
+    true_z_NCV: Tensor,
     kept_GVK: Tensor,
     dkept_GVK: Tensor,
     largest_BH: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dR*, dW, dK*, dB^ [N, C, K] and dP* [N, C, C] (all its entries) in float16, e [B H, groups, K] in float32; all
-    times the scale."""
-    _, chunk, keys = ready.w_NCK.shape
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """dO h^T, Z h^T, V dH'^T, U dH'^T [N, C, K] and Z U^T, Z V^T, dO U^T, dO V^T [4, N, C, C] (all their entries) in
+    float16, e [B H, groups, K] in float32; all times the scale."""
+    w_NCK, r_NCK, b_NCK, k_NCK = ready.wide_4NCK
+    _, chunk, keys = w_NCK.shape
     lanes, borders = kept_GVK.shape[:2]
-    dr, dw, dk, db = (torch.empty_like(ready.w_NCK) for _ in range(4))
-    dp_NCC = torch.empty_like(ready.p_NCC)
+    dr, dw, dk, db = (torch.empty_like(w_NCK) for _ in range(4))
+    scores_4NCC = torch.empty(4, *ready.square_4NCC.shape[1:], device=v_BTHV.device, dtype=torch.float16)
     e_GK = torch.empty(lanes, borders - 1, keys, device=v_BTHV.device, dtype=torch.float32)
     _, length, heads, width = v_BTHV.shape
     block = min(BLOCK_K, keys)
@@ -48,16 +52,16 @@ def sum_values(
             False,
             (kept_GVK, kept_GVK),
             (do_BTHV, v_BTHV),
-            (ready.k_NCK, ready.b_NCK),
-            (z_NCV, u_NCV),
+            (k_NCK, b_NCK),
+            (true_z_NCV, u_NCV),
             (dr, dw),
         ),
         (
             True,
             (dkept_GVK, kept_GVK),
             (v_BTHV, do_BTHV),
-            (ready.r_NCK, ready.w_NCK),
-            (u_NCV, z_NCV),
+            (r_NCK, w_NCK),
+            (true_u_NCV, z_NCV),
             (dk, db),
         ),
     ):
@@ -70,7 +74,8 @@ def sum_values(
             ready.g_NK,
             largest_BH,
             *outputs,
-            dp_NCC,
+            true_u_NCV,
+            *scores_4NCC,
             e_GK,
             length,
             triton.cdiv(length, chunk),
@@ -86,7 +91,7 @@ def sum_values(
             num_warps=block // KEYS_A_WARP,
             num_stages=STAGES,
         )
-    return dr, dw, dk, db, dp_NCC, e_GK
+    return (dr, dw, dk, db), scores_4NCC, e_GK
 
 
 @triton.jit
@@ -133,7 +138,11 @@ def _sum(
     largest,
     dread_NCK,
     dacross_NCK,
-    dp_NCC,
+    true_u_NCV,
+    zu_NCC,
+    zv_NCC,
+    ou_NCC,
+    ov_NCC,
     e_GK,
     length,
     chunks,
@@ -210,5 +219,9 @@ def _sum(
         tl.store(dacross_NCK + at_CK, tl.trans(dacross_KC).to(tl.float16))
         if not REVERSE:  # noqa: SIM102, since a constant decides about this one alone
             if block == 0:
-                dp_CC = tl.dot(x_CV, tl.trans(other_CV))
-                tl.store(tile(dp_NCC, number, C, C, C), dp_CC.to(tl.float16))
+                u_VC = tl.trans(tl.load(tile(true_u_NCV, number, C, V, V)))
+                v_VC = tl.trans(other_CV)
+                tl.store(tile(zu_NCC, number, C, C, C), tl.dot(along_CV, u_VC).to(tl.float16))
+                tl.store(tile(zv_NCC, number, C, C, C), tl.dot(along_CV, v_VC).to(tl.float16))
+                tl.store(tile(ou_NCC, number, C, C, C), tl.dot(x_CV, u_VC).to(tl.float16))
+                tl.store(tile(ov_NCC, number, C, C, C), tl.dot(x_CV, v_VC).to(tl.float16))
