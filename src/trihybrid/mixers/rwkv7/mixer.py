@@ -17,6 +17,7 @@ Legend: B batch, T time, D model width, H heads, G key/value heads, N head width
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,29 @@ from trihybrid.ops.wkv7 import wkv7
 
 DECAY_FLOOR = -math.exp(-0.5)
 """log W approaches this from above: -exp(-1/2), about -0.6065."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What a block of tokens brings to the recurrence.
+
+    Attributes:
+        r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, a_BTHN, b_BTHN: the arguments of `ops.wkv7` (its a is -kk, its b is kk a).
+        gate_BTC: the output gate.
+    """
+
+    r_BTHN: Tensor
+    log_w_BTHN: Tensor
+    k_BTHN: Tensor
+    v_BTHN: Tensor
+    a_BTHN: Tensor
+    b_BTHN: Tensor
+    gate_BTC: Tensor
+
+    @property
+    def tokens(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The operator's arguments, in its order."""
+        return self.r_BTHN, self.log_w_BTHN, self.k_BTHN, self.v_BTHN, self.a_BTHN, self.b_BTHN
 
 
 class Rwkv7(Mixer):
@@ -132,6 +156,13 @@ class Rwkv7(Mixer):
         """The mixer up to its output projection: normalised reads o and gate g, both [B, T, C], and the state."""
         if state is not None and not isinstance(state, RecurrentState):
             raise ValueError(f"rwkv7 needs a RecurrentState, got {type(state).__name__}")
+        operands = self.operands(x_BTD, span, shared)
+        before_BHNN = None if state is None else state.matrix_BHKV
+        o_BTHN, matrix_BHNN = wkv7(*operands.tokens, before_BHNN, span.reset_BT, self.backend)
+        return self.reads(o_BTHN, operands), operands.gate_BTC, RecurrentState(matrix_BHNN)
+
+    def operands(self, x_BTD: Tensor, span: Span, shared: Shared) -> Operands:
+        """All that the recurrence takes of a block of tokens; keys and values are published on the way."""
         options = self.options
         heads = (options.heads, options.head_dim)
         r_BTHN = self._placed("r_norm", self.receptance(x_BTD).unflatten(-1, heads), span, shared)
@@ -163,21 +194,16 @@ class Rwkv7(Mixer):
                 torch.where(valid_BT11, t, torch.zeros((), dtype=t.dtype, device=t.device))
                 for t in (log_w_BTHN, k_BTHN, v_BTHN, kk_BTHN)
             )
-        o_BTHN, matrix_BHNN = wkv7(
-            r_BTHN,
-            log_w_BTHN,
-            k_BTHN,
-            v_BTHN,
-            -kk_BTHN,
-            kk_BTHN * a_BTHN,
-            None if state is None else state.matrix_BHKV,
-            span.reset_BT,
-            self.backend,
-        )
+        return Operands(r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, -kk_BTHN, kk_BTHN * a_BTHN, g_BTC)
+
+    def reads(self, o_BTHN: Tensor, operands: Operands) -> Tensor:
+        """What the recurrence read, [B, T, C], scaled and with the bonus of the options."""
+        options = self.options
         o_BTHN = o_BTHN * options.head_dim**-0.5
         if options.bonus:
-            o_BTHN = o_BTHN + (_wide(r_BTHN) * k_BTHN * self.r_k).sum(-1, keepdim=True) * v_BTHN
-        return o_BTHN.flatten(-2).to(x_BTD.dtype), g_BTC, RecurrentState(matrix_BHNN)
+            own_BTH1 = (_wide(operands.r_BTHN) * operands.k_BTHN * self.r_k).sum(-1, keepdim=True)
+            o_BTHN = o_BTHN + own_BTH1 * operands.v_BTHN
+        return o_BTHN.flatten(-2).to(operands.gate_BTC.dtype)
 
     def _keys_values(self, x_BTD: Tensor, span: Span, shared: Shared) -> tuple[Tensor, Tensor]:
         if self.donor is not None:
