@@ -171,6 +171,10 @@ class States:
         }
         return lines | pages
 
+    def line_names(self) -> list[str]:
+        """Names of what a row holds beside pages."""
+        return list(self._named_lines())
+
     def _named_lines(self) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {}
         for shape in self.shapes:
