@@ -1,5 +1,5 @@
-"""The engine's forward pass is the model's: logits of every family and layout, in chunks of any size, then token by token
-in a batch of rows that have seen different numbers of tokens."""
+"""The engine's forward pass is the model's: logits of every family and layout, in chunks of any size, then token by
+token in a batch of rows that have seen different numbers of tokens."""
 
 import copy
 

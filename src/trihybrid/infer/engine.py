@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from trihybrid.infer.execution import Execution, make_decoder
 from trihybrid.infer.network import Network
 from trihybrid.infer.paging import EngineFull, PageBook
-from trihybrid.infer.sampling import Sampling, choose
+from trihybrid.infer.sampling import GREEDY, Sampling, choose
 
 __all__ = ["Engine", "EngineFull", "Execution", "Finish", "Snapshot", "Token"]
 
@@ -51,7 +51,7 @@ class Token:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """The state of a sequence behind its first `len(tokens)` tokens, for `Engine.add(prefix=...)` and for session files.
+    """The state of a sequence behind its first `len(tokens)` tokens, for `Engine.add(prefix=...)` and session files.
 
     It shares its full pages of keys and values with whoever else has them and holds copies of the rest. It stays valid
     while sequences come and go, until `Engine.release`.
@@ -155,7 +155,7 @@ class Engine:
         tokens: Sequence[int],
         *,
         most: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         stops: Collection[int] = (),
         prefix: Snapshot | None = None,
         marks: Collection[int] = (),
@@ -269,7 +269,8 @@ class Engine:
 
     def _read_prompts(self) -> list[tuple[_Sequence, int]]:
         """The first tokens of sequences whose prompt was read to its end."""
-        begun, left = [], self._chunk
+        begun: list[tuple[_Sequence, int]] = []
+        left = self._chunk
         for sequence in list(self._waiting):
             logits_V = None
             while sequence.seen < len(sequence.tokens):
@@ -277,8 +278,7 @@ class Engine:
                     self._waiting.remove(sequence)
                     self._promote(sequence)
                     break
-                end = min([(sequence.seen // self._chunk + 1) * self._chunk, len(sequence.tokens)]
-                          + [mark for mark in sequence.marks if mark > sequence.seen])  # fmt: skip
+                end = self._border(sequence)
                 if end - sequence.seen > left:
                     return begun
                 left -= end - sequence.seen
@@ -291,10 +291,16 @@ class Engine:
                 )
                 sequence.seen = end
                 if end in sequence.marks:
-                    sequence.collected.append(self._copy(sequence, [sequence.spare.pop()] if end % PAGE and sequence.spare else []))
+                    last = [sequence.spare.pop()] if end % PAGE and sequence.spare else []
+                    sequence.collected.append(self._copy(sequence, last))
             if logits_V is not None:
                 begun.append((sequence, choose(logits_V, sequence.sampling, sequence.tokens)))
         return begun
+
+    def _border(self, sequence: _Sequence) -> int:
+        """Where the next piece of a prompt ends."""
+        marks = [mark for mark in sequence.marks if mark > sequence.seen]
+        return min((sequence.seen // self._chunk + 1) * self._chunk, len(sequence.tokens), *marks)
 
     def _decode(self, ready: list[_Sequence]) -> list[tuple[_Sequence, int]]:
         logits_BV = self._decoder(
@@ -363,7 +369,9 @@ class Engine:
         for page in last:
             self._states.copy_page(sequence.pages[len(full)], page)
         return self._keep(
-            tuple(sequence.tokens[: sequence.seen]), self._states.read_row(self._rows.index(sequence)), full + last
+            tuple(sequence.tokens[: sequence.seen]),
+            self._states.read_row(self._rows.index(sequence)),
+            full + last,
         )
 
     def _keep(self, tokens: tuple[int, ...], line: dict[str, Tensor], pages: list[int]) -> Snapshot:

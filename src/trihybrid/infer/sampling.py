@@ -66,6 +66,9 @@ class Sampling:
         return self.temperature == 0 and self.repetition_penalty == 1
 
 
+GREEDY = Sampling()
+
+
 def choose(logits_V: Tensor, sampling: Sampling, held: Sequence[int]) -> int:
     """The next token of a sequence that holds the tokens `held`."""
     if sampling.repetition_penalty != 1:

@@ -1,8 +1,8 @@
 """The states that an engine owns: preallocated once, written in place.
 
     ring     a sliding window of W tokens: token t of row r lies at place t mod W of line r
-    pages    attention over everything: token t of a sequence lies in its page t // L, at place t mod L; a page belongs to
-             whoever the engine gave it to, and the same number names it in every layer
+    pages    attention over everything: token t of a sequence lies in its page t // L, at place t mod L; a page belongs
+             to whoever the engine gave it to, and the same number names it in every layer
     matrix   a recurrence: one float32 matrix [K, V] a head and row
 
 A row is one sequence. Everything starts as zeros and stays finite, since what is masked is still multiplied by zero.
@@ -166,9 +166,7 @@ class States:
     def shapes_of_row(self, tokens: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> shape and dtype of all that `read_row` and `read_pages` give for a sequence of `tokens` tokens."""
         lines = {name: (tuple(part.shape[1:]), part.dtype) for name, part in self._named_lines().items()}
-        pages = {
-            name: ((tokens, *part.shape[2:]), part.dtype) for name, part in self._named_pages().items()
-        }
+        pages = {name: ((tokens, *part.shape[2:]), part.dtype) for name, part in self._named_pages().items()}
         return lines | pages
 
     def line_names(self) -> list[str]:

@@ -10,8 +10,8 @@ CHARACTER = 4
 
 
 class TextStream:
-    """Turns the tokens of one continuation into pieces of text, which together are the text up to the first stop string:
-    the one that is complete first.
+    """Turns the tokens of one continuation into pieces of text, which together are the text up to the first stop
+    string: the one that is complete first.
 
     Args:
         tokenizer: the model's.
@@ -67,9 +67,7 @@ class TextStream:
     def _let_go(self, text: str) -> str:
         """All that was held and `text`, up to a stop string or what may become one."""
         text = self._held + text
-        met = [
-            (text.find(stop) + len(stop), text.find(stop), stop) for stop in self._stops if stop in text
-        ]
+        met = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in self._stops if stop in text]
         if met:
             self._held, self._stopped = "", True
             return text[: min(met)[1]]

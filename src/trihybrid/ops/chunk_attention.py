@@ -32,10 +32,10 @@ def chunk_attention(
         pairs: the extra memory, in pairs of a query and a key (a byte or four each); at least one query is worked on
             at a time.
 
-    On a GPU, in half precision and up to a width of 256, attention without a window is torch's fused kernel, which needs
-    no mask. Everywhere else queries are taken a block at a time, each with a mask over the keys that it can reach.
+    On a GPU, in half precision and up to a width of 256, attention without a window is torch's fused kernel, which
+    needs no mask. Everywhere else queries are taken a block at a time, each with a mask over the keys that it reaches.
     """
-    batch, length, heads, width = q_BTHD.shape
+    _, length, heads, width = q_BTHD.shape
     total, groups = k_BSGD.shape[1:3]
     k_BGSD, v_BGSD = k_BSGD.transpose(1, 2), v_BSGD.transpose(1, 2)
     half = q_BTHD.is_cuda and q_BTHD.dtype in (torch.bfloat16, torch.float16)

@@ -34,5 +34,7 @@ class PerLayerInputs:
         context_BTC = linear(x_BTD, decoder.per_layer_model_projection.weight[part])
         shape = (last - first, self._width)
         context_BTLP = (context_BTC * decoder.per_layer_model_projection_scale).unflatten(-1, shape)
-        inputs_BTLP = (self._norm(context_BTLP) + rows_BTC.unflatten(-1, shape)) * decoder.per_layer_input_scale
+        inputs_BTLP = (
+            self._norm(context_BTLP) + rows_BTC.unflatten(-1, shape)
+        ) * decoder.per_layer_input_scale
         return list(inputs_BTLP.unbind(2))

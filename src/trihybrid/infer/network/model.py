@@ -164,11 +164,11 @@ class Network:
             turning = None if self._nope else rotary[attention.layer_type]
             return RetainedAttention(module, attention, self._body, store, turning)
         tica = getattr(module, "tica", None)
-        store = None
+        shared: Store | None = None
         if tica is not None:
             donor = slot.donors.get("tica", index)
-            store = Store(self.states.pages[donor], ring=False, own=donor == index)
-        return SlotMixers(getattr(module, "rwkv7", None), self.states.matrices.get(index), tica, store)
+            shared = Store(self.states.pages[donor], ring=False, own=donor == index)
+        return SlotMixers(getattr(module, "rwkv7", None), self.states.matrices.get(index), tica, shared)
 
 
 def _narrow(decoder: Any, dtype: torch.dtype) -> None:

@@ -2,8 +2,8 @@
 
     o_h = sum_s softmax_s(scale q_h . k_s) v_s    over the first `length` tokens s of the sequence
 
-Bound by the bytes of keys and values. A store is dense, one line of tokens a sequence (a window's ring, whose order does
-not matter), or in pages: token s of sequence b lies in page table[b, s // L] at place s % L.
+Bound by the bytes of keys and values. A store is dense, one line of tokens a sequence (a window's ring, whose order
+does not matter), or in pages: token s of sequence b lies in page table[b, s // L] at place s % L.
 
 Legend: B sequences, H query heads, G key/value heads, D head width, S tokens of a line, P pages, L tokens of a page,
 M pages of a sequence.
