@@ -7,7 +7,7 @@ from torch import Tensor
 from trihybrid.infer.sampling import GREEDY, Sampling, choose
 
 PROBABILITIES = [0.05, 0.4, 0.25, 0.2, 0.1]
-DRAWS = 4000
+DRAWS = 1000
 
 
 def logits() -> Tensor:
