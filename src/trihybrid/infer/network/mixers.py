@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from trihybrid.infer.network.attention import Store
-from trihybrid.infer.places import Place
+from trihybrid.infer.network.places import Place
 from trihybrid.mixers.rwkv7 import Rwkv7
 from trihybrid.mixers.tica import Tica
 
