@@ -95,7 +95,8 @@ def load_session(path: str | Path, engine: Engine, wanted: Identity) -> Session:
     try:
         with safe_open(str(path), framework="pt") as file:
             record = json.loads((file.metadata() or {})[KEY])
-            tensors = {name: file.get_tensor(name) for name in file}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
         seen, tokens = record["tokens"][: record["seen"]], record["tokens"]
         if record["format"] != FORMAT:
             raise ValueError(f"{path}: format {record['format']} of a session; this version reads {FORMAT}")
