@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm
 
+from trihybrid.mixers.rwkv7 import Prepare, prepared
+
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 Table = tuple[Tensor, Tensor]
 
@@ -77,12 +79,14 @@ class Fusion:
 
     Attributes:
         normed, added, placed, gated: as above.
+        prepared: of `mixers.rwkv7`.
     """
 
     normed: Callable[[Tensor, Tensor | None, float], Tensor] = normed
     added: Callable[[Tensor, Tensor, Tensor | None, float], Tensor] = added
     placed: Callable[[Tensor, Tensor | None, float, Table | None], Tensor] = placed
     gated: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor] = gated
+    prepared: Prepare = prepared
 
     @classmethod
     def compiled(cls) -> "Fusion":
@@ -92,7 +96,7 @@ class Fusion:
         def fuse(function: Callable) -> Any:
             return torch.compile(function, dynamic=False)
 
-        return cls(fuse(normed), fuse(added), fuse(placed), fuse(gated))
+        return cls(fuse(normed), fuse(added), fuse(placed), fuse(gated), fuse(prepared))
 
 
 class Joined:
