@@ -96,8 +96,9 @@ class Engine:
         tokens: tokens that all sequences and snapshots together may store in layers that grow; None grows as needed.
         chunk: most tokens of prompts that one step works on. A longer prompt takes several steps, between which the
             others advance.
-        execution: how a decoding step runs. `eager` launches operator by operator, `graph` replays a CUDA
-            graph of that, `fused-graph` one whose small operators torch.compile has fused, a minute at the start.
+        execution: how a decoding step runs: `eager` launches operator by operator; on a CPU `compiled` is a program of
+            torch.compile, a minute or more at the start; on a GPU `graph` replays a CUDA graph, `fused-graph` one
+            whose small operators torch.compile has fused.
 
     Attributes:
         vocabulary: V.
