@@ -92,26 +92,54 @@ def generate(
         float, typer.Option(help="0 takes the likeliest token every time.", min=0.0)
     ] = 0.7,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    top_k: Annotated[
+        int, typer.Option(help="Sample among the k likeliest tokens; 0 for all (folder).", min=0)
+    ] = 50,
+    top_p: Annotated[
+        float, typer.Option(help="Sample among the likeliest tokens up to this probability (folder).")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Leave out tokens below this share of the likeliest one (folder).")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Divides logits of tokens that are there already; 1 for none (folder).")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A string before which the text ends (folder); repeat it.")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER)] = None,
 ) -> None:
-    """Continue a text."""
+    """Continue a text. Of a folder it is written as it comes."""
     if model.is_file():
+        if top_p != 1 or min_p != 0 or repetition_penalty != 1 or stop:
+            raise ValueError(
+                f"{model}: --top-p, --min-p, --repetition-penalty and --stop are for a folder; give one, or leave "
+                "them away"
+            )
         from trihybrid.infer.sample import sample
         from trihybrid.recipe.artifact import find_tokenizer, load_artifact
 
         artifact = load_artifact(model)
         _, opened = find_tokenizer(artifact, tokenizer)
-        text = sample(artifact.model, opened, prompt, tokens, temperature, seed=seed)
+        text = sample(artifact.model, opened, prompt, tokens, temperature, top_k, seed)
+        sys.stdout.write(prompt + text + "\n")
     else:
         if tokenizer is not None:
             raise ValueError(f"{model}: --tokenizer is for the file of an artifact; leave it away")
         from trihybrid.data.tokens import Tokenizer
-        from trihybrid.infer.complete import complete
+        from trihybrid.infer.complete import pieces
+        from trihybrid.infer.engine import Engine
+        from trihybrid.infer.sampling import Sampling
         from trihybrid.models.checkpoint import load_model
 
-        loaded = load_model(model)
-        text = complete(loaded, Tokenizer.from_file(model), prompt, tokens, temperature, seed=seed)
-    sys.stdout.write(prompt + text + "\n")
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        opened = Tokenizer.from_file(model)
+        parts = pieces(Engine(load_model(model)), opened, prompt, tokens, sampling, stop or ())
+        sys.stdout.write(prompt)
+        for part in parts:
+            sys.stdout.write(part)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
 
 
 @app.command()

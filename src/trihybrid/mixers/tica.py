@@ -72,23 +72,37 @@ class Tica(Mixer):
     def forward(
         self, x_BTD: Tensor, span: Span, state: State | None, shared: Shared
     ) -> tuple[Tensor, State | None]:
-        options = self.options
-        q_BTHN = self.q_norm(self.q_proj(x_BTD).unflatten(-1, (options.heads, options.head_dim)))
-        k_BGSN, v_BGSN, after = self._keys_values(x_BTD, state, shared)
+        q_BTHN = self.queries(x_BTD)
+        k_BGSN, v_BGSN, after = self._all_keys_values(x_BTD, state, shared)
         visible_BTS = span.visible(k_BGSN.shape[2])
-        att_BTC = attention(q_BTHN, k_BGSN, v_BGSN, visible_BTS, options.head_dim**-0.5).flatten(-2)
-        gate_BTC = low_rank(x_BTD, self.g1, self.g2, torch.sigmoid)
-        return self.o_proj(att_BTC * gate_BTC), after
+        att_BTHN = attention(q_BTHN, k_BGSN, v_BGSN, visible_BTS, self.scale)
+        return self.outputs(x_BTD, att_BTHN), after
 
-    def _keys_values(
+    @property
+    def scale(self) -> float:
+        """Factor on the scores."""
+        return self.options.head_dim**-0.5
+
+    def queries(self, x_BTD: Tensor) -> Tensor:
+        """Normed queries, [B, T, H, N]."""
+        return self.q_norm(self.q_proj(x_BTD).unflatten(-1, (self.options.heads, self.options.head_dim)))
+
+    def keys_values(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed keys and values of a block of tokens, [B, T, G, N]; for a mixer without a donor."""
+        groups = (self.options.kv_heads, self.options.head_dim)
+        return self.k_norm(self.k_proj(x_BTD).unflatten(-1, groups)), self.v_proj(x_BTD).unflatten(-1, groups)
+
+    def outputs(self, x_BTD: Tensor, att_BTHN: Tensor) -> Tensor:
+        """What was read, gated and projected: [B, T, D]."""
+        return self.o_proj(att_BTHN.flatten(-2) * low_rank(x_BTD, self.g1, self.g2, torch.sigmoid))
+
+    def _all_keys_values(
         self, x_BTD: Tensor, state: State | None, shared: Shared
     ) -> tuple[Tensor, Tensor, State | None]:
         if self.donor is not None:
             keys, values = shared.keys_values[self.kind, self.donor]
             return keys, values, None
-        groups = (self.options.kv_heads, self.options.head_dim)
-        k_BGTN = self.k_norm(self.k_proj(x_BTD).unflatten(-1, groups)).transpose(1, 2)
-        v_BGTN = self.v_proj(x_BTD).unflatten(-1, groups).transpose(1, 2)
+        k_BGTN, v_BGTN = (part.transpose(1, 2) for part in self.keys_values(x_BTD))
         if state is None:
             keys, values, after = k_BGTN, v_BGTN, KeyValueState(k_BGTN, v_BGTN)
         else:

@@ -3,7 +3,8 @@
     u = S^T a;  S <- diag(exp(log_w)) S + b u^T + k v^T;  o = S^T r
 
 The state is read once and written once, 8 K V bytes a head; all else is a sixtieth of that at K = V = 128. Of two forms
-`wkv7_step_` updates the state where it lies, for an engine that owns its states, and `wkv7_step` leaves it alone.
+`wkv7_step_` updates the state where it lies, for an engine that owns its states, and `wkv7_step` leaves it alone. Where
+the kernel does not fit (a CPU, float64), `wkv7_step_` is a few operators of torch.
 `benchmarks/wkv7_gpu.py` times both beside a copy of the same bytes.
 
 Legend: B batch (sequences), H heads, K key width, V value width.
@@ -58,8 +59,23 @@ def wkv7_step_(
     state_BHKV: Tensor,
     reset_B1: Tensor | None = None,
 ) -> Tensor:
-    """As `wkv7_step`, with the state updated in place: it may be a slice of a larger store. Returns o_B1HV."""
-    return _step_in_place(r_B1HK, log_w_B1HK, k_B1HK, v_B1HV, a_B1HK, b_B1HK, state_BHKV, reset_B1)
+    """As `wkv7_step`, with the state updated in place: it may be a slice of a larger store. Returns o_B1HV.
+
+    Takes any device, and computes in the state's dtype where the kernel does not fit.
+    """
+    tokens = (r_B1HK, log_w_B1HK, k_B1HK, v_B1HV, a_B1HK, b_B1HK)
+    if fits(v_B1HV, state_BHKV):
+        return _step_in_place(*tokens, state_BHKV, reset_B1)
+    r_BHK, log_w_BHK, k_BHK, v_BHV, a_BHK, b_BHK = (x[:, 0].to(state_BHKV.dtype) for x in tokens)
+    if reset_B1 is not None:
+        state_BHKV.masked_fill_(reset_B1[:, :, None, None], 0.0)
+        log_w_BHK = log_w_BHK.masked_fill(reset_B1[:, :, None], 0.0)
+    u_BHV = (a_BHK.unsqueeze(-2) @ state_BHKV).squeeze(-2)
+    # Both corrections of rank one are one of rank two.
+    change_BHKV = torch.stack([b_BHK, k_BHK], -1) @ torch.stack([u_BHV, v_BHV], -2)
+    state_BHKV.mul_(log_w_BHK.exp().unsqueeze(-1)).add_(change_BHKV)
+    o_BHV = (r_BHK.unsqueeze(-2) @ state_BHKV).squeeze(-2)
+    return o_BHV.to(v_B1HV.dtype).unsqueeze(1)
 
 
 @torch.library.custom_op("trihybrid::wkv7_step", mutates_args=(), device_types="cuda")

@@ -1,0 +1,40 @@
+"""What enters the layers: embeddings, and Gemma 4's per-layer inputs of the layers that run.
+
+    p_l = (n(W_l e * D^-1/2) + E_l[id] * sqrt(P)) / sqrt(2)      e the embedding; one slice a layer
+
+Legend: B batch, T tokens, D model width, L layers, P width of the per-layer input.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+from trihybrid.infer.network.parts import Norm
+
+
+class PerLayerInputs:
+    """Gemma 4's per-layer inputs.
+
+    Args:
+        decoder: transformers' text model.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        self._decoder = decoder
+        self._width: int = decoder.hidden_size_per_layer_input
+        self._norm = Norm(decoder.per_layer_projection_norm, plus_one=False)
+
+    def __call__(self, ids_BT: Tensor, x_BTD: Tensor, first: int, last: int) -> list[Tensor]:
+        """Inputs [B, T, P] of layers `first` to `last` - 1, from ids and their embeddings."""
+        decoder = self._decoder
+        part = slice(first * self._width, last * self._width)
+        table = decoder.embed_tokens_per_layer
+        rows_BTC = table.weight[:, part][ids_BT] * table.embed_scale.to(x_BTD.dtype)
+        context_BTC = linear(x_BTD, decoder.per_layer_model_projection.weight[part])
+        shape = (last - first, self._width)
+        context_BTLP = (context_BTC * decoder.per_layer_model_projection_scale).unflatten(-1, shape)
+        inputs_BTLP = (
+            self._norm(context_BTLP) + rows_BTC.unflatten(-1, shape)
+        ) * decoder.per_layer_input_scale
+        return list(inputs_BTLP.unbind(2))

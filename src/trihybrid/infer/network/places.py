@@ -1,0 +1,189 @@
+"""Where a block of tokens stands, and how it meets the stored states: a chunk of one sequence, or one token of each of
+several.
+
+Both write first and read then. `Chunk` knows its sizes on the host and works on one row. `Turn` is tensors alone, with
+shapes that depend on nothing but the number of rows and of pages in its table, so that a CUDA graph or a compiler can
+record what is done with it.
+
+Legend: B sequences, T tokens, H query heads, G key/value heads, N head width, M pages in a table, S keys.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trihybrid.infer.network.parts import Fusion
+from trihybrid.infer.states import Stored
+from trihybrid.mixers.contract import Shared
+from trihybrid.mixers.rwkv7 import Operands
+from trihybrid.mixers.span import Span
+from trihybrid.ops.chunk_attention import chunk_attention
+from trihybrid.ops.decode_attention import decode_attention, paged_attention
+from trihybrid.ops.wkv7 import wkv7
+from trihybrid.ops.wkv7.decode import wkv7_step_
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+class Place(Protocol):
+    """A block of tokens in the states.
+
+    Attributes:
+        span: positions, for the mixers.
+        shared: what the mixers publish for each other.
+        rotary: layer type -> cosines and sines, as the first layer of that type has made them.
+        fusion: what stands between the matrix products.
+    """
+
+    fusion: Fusion
+
+    span: Span
+    shared: Shared
+    rotary: dict[str, KeysValues]
+
+    def window(self, ring: Stored, q_BTHN: Tensor, new: KeysValues | None, scale: float) -> Tensor:
+        """Attention over a ring, [B, T, H, N], after the block's own keys and values [B, T, G, N] are put there; None
+        where another layer of this block did that."""
+        ...
+
+    def whole(self, pages: Stored, q_BTHN: Tensor, new: KeysValues | None, scale: float) -> Tensor:
+        """Likewise over pages."""
+        ...
+
+    def recur(self, matrix: Tensor, operands: Operands, backend: str | None) -> Tensor:
+        """What the recurrence reads, [B, T, H, N]; its rows of the store [R, H, N, N] move on."""
+        ...
+
+
+class Turn:
+    """One token of each of B sequences.
+
+    Args:
+        first: the row of the first sequence; those of the others follow.
+        positions_B1: int64, how many tokens each has seen.
+        table_BM: int64, its pages; entries behind its length name any page.
+        length: tokens of a page.
+        fusion: see `Place`.
+    """
+
+    def __init__(
+        self, first: int, positions_B1: Tensor, table_BM: Tensor, length: int, fusion: Fusion
+    ) -> None:
+        self.fusion = fusion
+        self.span, self.shared = Span(positions_B1), Shared()
+        self.rotary: dict[str, KeysValues] = {}
+        self._rows = slice(first, first + positions_B1.shape[0])
+        self._table_BM = table_BM
+        self._positions_B = positions_B1[:, 0]
+        self._lengths_B = self._positions_B + 1
+        self._line_B = torch.arange(positions_B1.shape[0], device=positions_B1.device)
+        # Window, or 0 for pages -> place of the new token, length, and which tokens of a line that covers.
+        self._lines: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._page_B = table_BM.gather(1, positions_B1 // length)[:, 0]
+        self._place_B = self._positions_B % length
+
+    def window(self, ring: Stored, q_BTHN: Tensor, new: KeysValues | None, scale: float) -> Tensor:
+        k_BWGN, v_BWGN = ring.keys[self._rows], ring.values[self._rows]
+        window = k_BWGN.shape[1]
+        if window not in self._lines:
+            lengths_B = self._lengths_B.clamp(max=window)
+            self._lines[window] = self._positions_B % window, lengths_B, self._seen(window, lengths_B)
+        place_B, lengths_B, seen_BW = self._lines[window]
+        if new is not None:
+            k_BWGN[self._line_B, place_B], v_BWGN[self._line_B, place_B] = new[0][:, 0], new[1][:, 0]
+        return decode_attention(q_BTHN[:, 0], k_BWGN, v_BWGN, lengths_B, scale, seen_BW)[:, None]
+
+    def whole(self, pages: Stored, q_BTHN: Tensor, new: KeysValues | None, scale: float) -> Tensor:
+        if new is not None:
+            pages.keys[self._page_B, self._place_B] = new[0][:, 0]
+            pages.values[self._page_B, self._place_B] = new[1][:, 0]
+        if 0 not in self._lines:
+            width = self._table_BM.shape[1] * pages.keys.shape[1]
+            self._lines[0] = self._place_B, self._lengths_B, self._seen(width, self._lengths_B)
+        _, lengths_B, seen_BS = self._lines[0]
+        o_BHN = paged_attention(
+            q_BTHN[:, 0], pages.keys, pages.values, self._table_BM, lengths_B, scale, seen_BS
+        )
+        return o_BHN[:, None]
+
+    def _seen(self, width: int, lengths_B: Tensor) -> Tensor:
+        return torch.arange(width, device=lengths_B.device) < lengths_B[:, None]
+
+    def recur(self, matrix: Tensor, operands: Operands, backend: str | None) -> Tensor:
+        return wkv7_step_(*operands.tokens, matrix[self._rows])
+
+
+class Chunk:
+    """T tokens of one sequence, behind `start` others.
+
+    Args:
+        row: its row.
+        start: tokens that its states have seen.
+        tokens: T, at least 1.
+        pages: its pages, in order; enough for all tokens up to the end of the chunk.
+        length: tokens of a page.
+        device: of the states.
+    """
+
+    def __init__(
+        self, row: int, start: int, tokens: int, pages: list[int], length: int, device: torch.device
+    ) -> None:
+        self.fusion = Fusion()
+        positions_T = torch.arange(start, start + tokens, device=device)
+        self.span, self.shared = Span(positions_T[None], start), Shared()
+        self.rotary: dict[str, KeysValues] = {}
+        self._row, self._start, self._end = row, start, start + tokens
+        self._length = length
+        self._pages = pages[: -(-self._end // length)]
+        self._run = (
+            self._pages == list(range(self._pages[0], self._pages[0] + len(self._pages))) if pages else True
+        )
+        self._pages_M = torch.tensor(self._pages, dtype=torch.int64, device=device)
+        if pages:
+            self._page_T, self._place_T = self._pages_M[positions_T // length], positions_T % length
+        self._seen: dict[int, KeysValues] = {}
+
+    def last(self) -> Turn:
+        """The chunk's last token alone, for layers that store nothing: what they read is there already."""
+        table_BM = self._pages_M[None] if self._pages else self._pages_M.new_zeros(1, 1)
+        return Turn(self._row, self.span.positions_BT[:, -1:], table_BM, self._length, self.fusion)
+
+    def window(self, ring: Stored, q_BTHN: Tensor, new: KeysValues | None, scale: float) -> Tensor:
+        if new is not None:
+            # Those that read this ring too need what the chunk is about to overwrite.
+            self._seen[id(ring)] = self._push(ring.keys, new[0][0]), self._push(ring.values, new[1][0])
+        k_SGN, v_SGN = self._seen[id(ring)]
+        return chunk_attention(q_BTHN, k_SGN[None], v_SGN[None], ring.keys.shape[1], scale)
+
+    def _push(self, lines: Tensor, new_TGN: Tensor) -> Tensor:
+        """Put the chunk into a ring; returns the tokens that it reads, oldest first: of the ring, then its own."""
+        line_WGN = lines[self._row]
+        window, oldest = line_WGN.shape[0], self._start % line_WGN.shape[0]
+        before = [line_WGN[oldest + 1 :], line_WGN[:oldest]] if self._start >= window else [line_WGN[:oldest]]
+        seen_SGN = torch.cat([*before, new_TGN])
+        kept = min(len(new_TGN), window)
+        place_T = torch.arange(self._end - kept, self._end, device=lines.device) % window
+        line_WGN[place_T] = new_TGN[-kept:]
+        return seen_SGN
+
+    def whole(self, pages: Stored, q_BTHN: Tensor, new: KeysValues | None, scale: float) -> Tensor:
+        if new is not None:
+            pages.keys[self._page_T, self._place_T] = new[0][0]
+            pages.values[self._page_T, self._place_T] = new[1][0]
+        k_BSGN, v_BSGN = self._read(pages.keys), self._read(pages.values)
+        return chunk_attention(q_BTHN, k_BSGN, v_BSGN, None, scale)
+
+    def _read(self, store_PLGN: Tensor) -> Tensor:
+        """All tokens up to the chunk's end: a view where its pages are one run, else a copy."""
+        if self._run:
+            dense_MLGN = store_PLGN[self._pages[0] : self._pages[0] + len(self._pages)]
+        else:
+            dense_MLGN = store_PLGN[self._pages_M]
+        return dense_MLGN.flatten(0, 1)[None, : self._end]
+
+    def recur(self, matrix: Tensor, operands: Operands, backend: str | None) -> Tensor:
+        state_BHNN = matrix[self._row : self._row + 1]
+        o_BTHN, after_BHNN = wkv7(*operands.tokens, state_BHNN, None, backend)
+        state_BHNN.copy_(after_BHNN)
+        return o_BTHN
