@@ -23,7 +23,7 @@ from trihybrid.mixers.contract import Mixer
 from trihybrid.models.anatomy import anatomy
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.pattern import Slot
-from trihybrid.ops.divergence import softcap
+from trihybrid.ops.softcap import softcap
 
 PLAIN = Fusion()
 
