@@ -1,10 +1,10 @@
 """Stage 1: every converted slot learns what the teacher's attention says, from what the teacher's attention sees.
 
-For slot l:  L_l = |n_l(y_S) - n_l(y_T)|^2 / |n_l(y_T)|^2,  summed over all tokens above and below the line;  L = mean
-over slots. n_l is the layer's post-norm (frozen, scale-free) in families that have one between attention and residual
-stream, Gemma's; in the others it is the identity, and the loss is that of the bare outputs,
-|y_S - y_T|^2 / |y_T|^2: either way of what the residual stream receives. The teacher runs once for all slots, and each
-slot reads the teacher's own stream, so slots depend on each other only where they share keys and values.
+For slot l:  L_l = |n_l(y_S) - n_l(y_T)|^2 / |n_l(y_T)|^2,  summed over the tokens of a row above and below the line and
+averaged over the rows;  L = mean over slots. n_l is the layer's post-norm (frozen, scale-free) in families that have
+one between attention and residual stream, Gemma's; in the others it is the identity, and the loss is that of the bare
+outputs, |y_S - y_T|^2 / |y_T|^2: either way of what the residual stream receives. The teacher runs once for all slots,
+and each slot reads the teacher's own stream, so slots depend on each other only where they share keys and values.
 Legend: B batch, T time, D model width.
 """
 
@@ -75,8 +75,14 @@ class AlignTask:
     def tokens(self, batch: Batch) -> int:
         return batch.inputs.numel()
 
+    def split(self, batch: Batch, parts: int) -> list[Batch]:
+        """The batch as `parts` batches of equally many rows."""
+        return batch.split(parts)
+
 
 def relative_distance(x: Tensor, target: Tensor) -> Tensor:
-    """|x - target|^2 / |target|^2 over all elements, in float32 or wider; a scalar, 0 where they are equal."""
+    """|x - target|^2 / |target|^2 of each row [B, ...], averaged over the rows, so that the mean over equal parts of a
+    batch is that of the whole; in float32 or wider, a scalar, 0 where they are equal."""
     wide, aim = (t if t.dtype == torch.float64 else t.float() for t in (x, target.detach()))
-    return (wide - aim).pow(2).sum() / aim.pow(2).sum().clamp(min=torch.finfo(aim.dtype).tiny)
+    size_B = aim.pow(2).flatten(1).sum(1).clamp(min=torch.finfo(aim.dtype).tiny)
+    return ((wide - aim).pow(2).flatten(1).sum(1) / size_B).mean()

@@ -1,6 +1,6 @@
 """Stage 2: the student's distribution follows the teacher's while its hidden states stay near.
 
-    L = KL(p_T || p_S) + weight * mean over layers of |h_S - h_T|^2 / |h_T|^2
+    L = KL(p_T || p_S) + weight * mean over layers and rows of |h_S - h_T|^2 / |h_T|^2
 
 Both distributions are softcapped where the teacher's is, and plain elsewhere; the student runs on its own hidden
 states, so what it gets wrong below it must bear above (cumulative alignment). Layers below the first difference are
@@ -97,3 +97,7 @@ class MatchTask:
 
     def tokens(self, batch: Batch) -> int:
         return batch.inputs.numel()
+
+    def split(self, batch: Batch, parts: int) -> list[Batch]:
+        """The batch as `parts` batches of equally many rows."""
+        return batch.split(parts)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from transformers import Gemma4ForCausalLM
 
-from trihybrid.data.packing import Batch
+from trihybrid.data.packing import IGNORED, Batch
 from trihybrid.ops.divergence import softcapped_cross_entropy
 
 
@@ -48,3 +48,11 @@ class PretrainTask:
 
     def tokens(self, batch: Batch) -> int:
         return batch.inputs.numel()
+
+    def split(self, batch: Batch, parts: int) -> list[Batch]:
+        """The batch as `parts` batches of equally many rows."""
+        return batch.split(parts)
+
+    def weight(self, batch: Batch) -> float:
+        """The number of its targets: rows with more documents have fewer."""
+        return float((batch.targets != IGNORED).sum())

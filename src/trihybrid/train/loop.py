@@ -20,7 +20,7 @@ from trihybrid.train.average import Average
 from trihybrid.train.checkpoint import Checkpoints, Progress
 from trihybrid.train.distributed import ALONE, Workers
 from trihybrid.train.optim import Optimizers, build_optimizer
-from trihybrid.train.section import TrainSection
+from trihybrid.train.section import LoopSection, TrainSection
 from trihybrid.train.stage import Stage
 from trihybrid.train.task import FollowsProgress, SplitsBatches, Task
 
@@ -110,17 +110,26 @@ def fit(
     return FitSummary(progress.step, progress.loss, progress.tokens, progress.seconds, averaged)
 
 
+def check_division(loop: LoopSection, workers: int) -> None:
+    """See that a batch divides into equal parts.
+
+    Raises:
+        ValueError: `batch_size` is no multiple of `accumulate` times the number of workers.
+    """
+    if loop.batch_size % (loop.accumulate * workers):
+        raise ValueError(
+            f"loop.batch_size: {loop.batch_size} does not divide into {loop.accumulate} parts for each of "
+            f"{workers} workers; give a multiple of {loop.accumulate * workers}"
+        )
+
+
 def _check_parts(task: Task, section: TrainSection, workers: Workers) -> None:
     loop = section.loop
     if loop.accumulate > 1 and not isinstance(task, SplitsBatches):
         raise ValueError(
             f"loop.accumulate: {loop.accumulate}, but {type(task).__name__} cannot split a batch; give 1"
         )
-    if loop.batch_size % (loop.accumulate * workers.count):
-        raise ValueError(
-            f"loop.batch_size: {loop.batch_size} does not divide into {loop.accumulate} parts for each of "
-            f"{workers.count} workers; give a multiple of {loop.accumulate * workers.count}"
-        )
+    check_division(loop, workers.count)
 
 
 def _begin(

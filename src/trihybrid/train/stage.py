@@ -5,7 +5,7 @@ step runs, and before anything is saved.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from trihybrid.train.gradients import GradientNorms, Readback, check_finite, som
 from trihybrid.train.optim import Optimizers
 from trihybrid.train.schedule import momentum
 from trihybrid.train.section import TrainSection
-from trihybrid.train.task import Differentiates, FollowsProgress, SplitsBatches, Task
+from trihybrid.train.task import Differentiates, FollowsProgress, SplitsBatches, Task, Weighs
 
 _logger = logging.getLogger(__name__)
 
@@ -123,17 +123,13 @@ class Stage:
 
     def _gradients(self, batch: Any, step: int) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """Leave the gradient of the mean over all parts and workers in the parameters; that mean of the loss, and of
-        each metric.
+        each metric. Parts count alike, unless the task weighs them.
         """
         self.optimizers.zero_grad()
-        count = self.section.loop.accumulate
-        if count == 1:
-            loss, metrics = self._backward(batch, step, 1)
-        else:
-            assert isinstance(self.task, SplitsBatches)
-            found = [self._backward(part, step, count) for part in self.task.split(batch, count)]
-            loss = torch.stack([loss for loss, _ in found]).mean()
-            metrics = {name: sum(numbers[name] for _, numbers in found) / count for name in found[0][1]}
+        parts = self._parts(batch)
+        shares = self._shares(parts)
+        found = [self._backward(part, step, share) for part, share in zip(parts, shares, strict=True)]
+        loss, metrics = found[0] if shares == [1.0] else _mean(found, shares)
         if self.workers.count == 1:
             return loss, metrics
         self._compare_gradients()
@@ -142,13 +138,29 @@ class Stage:
         self.workers.average([*gradients, *shared])
         return shared[0], dict(zip(metrics, shared[1:], strict=True))
 
-    def _backward(self, part: Any, step: int, count: int) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+    def _parts(self, batch: Any) -> Sequence[Any]:
+        count = self.section.loop.accumulate
+        if count == 1:
+            return [batch]
+        assert isinstance(self.task, SplitsBatches)
+        return self.task.split(batch, count)
+
+    def _shares(self, parts: Sequence[Any]) -> list[float]:
+        """What the gradient of each part is multiplied with before the mean over the workers: they sum to 1 on average
+        over the workers."""
+        if not isinstance(self.task, Weighs) or len(parts) * self.workers.count == 1:
+            return [1 / len(parts)] * len(parts)
+        weights = [self.task.weight(part) for part in parts]
+        whole = self.workers.total(sum(weights)) / self.workers.count
+        return [weight / whole for weight in weights]
+
+    def _backward(self, part: Any, step: int, share: float) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """Add a part's share of the gradient to the parameters; its loss and metrics, without graphs."""
         if isinstance(self.task, Differentiates):
-            return self.task.differentiate(part, 1 / count)
+            return self.task.differentiate(part, share)
         loss, metrics = self.task.loss(part)
         _check_loss(loss, step)
-        (loss if count == 1 else loss / count).backward()
+        (loss if share == 1 else share * loss).backward()
         detached = {
             name: value.detach() if isinstance(value, Tensor) else value for name, value in metrics.items()
         }
@@ -228,6 +240,18 @@ class Stage:
             torch.cuda.synchronize()
         self.workers.wait()
         _logger.info("warmed up with %d steps, and undid them", runs)
+
+
+def _mean(
+    found: Sequence[tuple[Tensor, Mapping[str, Tensor | float]]], shares: Sequence[float]
+) -> tuple[Tensor, dict[str, Tensor | float]]:
+    """The weighted sum of the parts' losses, and that of each metric."""
+    loss = sum(share * loss for (loss, _), share in zip(found, shares, strict=True))
+    assert isinstance(loss, Tensor)
+    return loss, {
+        name: sum(share * numbers[name] for (_, numbers), share in zip(found, shares, strict=True))
+        for name in found[0][1]
+    }
 
 
 def _check(step: int, names: list[str], numbers: Readback) -> dict[str, Tensor]:
