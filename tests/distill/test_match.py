@@ -58,6 +58,7 @@ def dense(
         "kl": kl,
         "hidden": hidden,
         "agreement": same,
+        **{f"hidden/{index}": distance for index, distance in enumerate(distances, first)},
     }
 
 
@@ -172,9 +173,11 @@ def test_task(make_teacher, make_student, make_batch) -> None:
         and task.roles() == pair.roles()
         and task.tokens(make_batch(1)) == 48
     )
-    assert set(metrics) == {"kl", "hidden", "agreement"} and not any(
-        v.requires_grad for v in metrics.values()
-    )
+    distances = {name: value for name, value in metrics.items() if name.startswith("hidden/")}
+    assert set(metrics) == {"kl", "hidden", "agreement", *distances}
+    assert list(distances) == [f"hidden/{index}" for index in range(2, 9)]
+    assert torch.stack(list(distances.values())).mean().item() == pytest.approx(metrics["hidden"].item())
+    assert not any(value.requires_grad for value in metrics.values())
     assert loss.item() == pytest.approx((metrics["kl"] + 0.5 * metrics["hidden"]).item())
 
 

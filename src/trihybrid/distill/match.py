@@ -46,7 +46,8 @@ class Matching(nn.Module):
         self.allowed_V, self.chunk, self.checkpointing = allowed_V, chunk, checkpointing
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and its parts (kl, hidden, agreement) for int64 tokens and positions [B, T]."""
+        """Loss and its parts (kl, hidden, agreement, the distance after each layer) for int64 tokens and positions
+        [B, T]."""
         pair, model = self.pair, self.pair.student.model
         teacher_BTD, stream = pair.prepare(input_ids, position_ids)
         first = pair.first_difference
@@ -55,14 +56,14 @@ class Matching(nn.Module):
         # Keys and values that layers below have shared are the same for both streams.
         ours = stream.fork(below=True)
         student_BTD = teacher_BTD
-        distances = []
+        distances: dict[str, Tensor] = {}
         for index in range(first, len(model.layers)):
             teacher_BTD = pair.teacher_layer(index, teacher_BTD, stream)
             if self.checkpointing:
                 student_BTD = checkpoint(model.layer, index, student_BTD, ours, use_reentrant=False)
             else:
                 student_BTD = model.layer(index, student_BTD, ours)
-            distances.append(relative_distance(student_BTD, teacher_BTD))
+            distances[f"hidden/{index}"] = relative_distance(student_BTD, teacher_BTD)
         with torch.no_grad():
             teacher_BTD = model.norm(teacher_BTD)
         divergence = softcapped_divergence(
@@ -74,8 +75,8 @@ class Matching(nn.Module):
             allowed_V=self.allowed_V,
             chunk=self.chunk,
         )
-        hidden = torch.stack(distances).mean()
-        parts = {"kl": divergence.kl, "hidden": hidden, "agreement": divergence.agreement}
+        hidden = torch.stack(list(distances.values())).mean()
+        parts = {"kl": divergence.kl, "hidden": hidden, "agreement": divergence.agreement, **distances}
         return divergence.kl + self.alignment_weight * hidden, parts
 
 

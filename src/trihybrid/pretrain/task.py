@@ -18,6 +18,11 @@ class PretrainTask:
     def __init__(self, model: Gemma4ForCausalLM, chunk: int = 4096) -> None:
         self.model, self.chunk = model, chunk
 
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+        return self.model
+
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
 

@@ -31,6 +31,7 @@ from trihybrid.recipe.planned import check_shape, teacher_name
 from trihybrid.recipe.schema import NAMES, Recipe
 from trihybrid.recipe.workers import recipe_workers
 from trihybrid.run import Lineage, RunDirectory, RunLog, hash_folder, hash_json, write_json, write_text
+from trihybrid.run.tracking import Tracker, check_trackers, open_trackers
 from trihybrid.surgery.layout import window_of
 from trihybrid.surgery.operate import operate, read_plan, save_student
 from trihybrid.surgery.plan import make_plan
@@ -50,6 +51,7 @@ class Run:
     data: PreparedData
     resume: bool
     workers: Workers
+    trackers: list[Tracker]
 
     def phase(self, name: str, parent: str, sections: Any, make: Callable[[str], None]) -> str:
         """Run `make` unless the lineage already holds the phase; the hash of the model folder that it leaves.
@@ -92,13 +94,17 @@ class Run:
         def batch(step: int) -> Batch:
             return packed.batch(step, workers.rank, workers.count)
 
+        def name_batch(step: int) -> str:
+            return packed.name(step, workers.rank, workers.count)
+
         checkpoints = Checkpoints(self.directory.checkpoints(name), stage_hash, parent)
         with ExitStack() as stack:
             batches = stack.enter_context(Prefetch(batch, device=workers.device))
             log = None
             if workers.first:
-                log = stack.enter_context(RunLog(self.directory.log, name, every=loop.log_every))
-            fit(task, batches, section, checkpoints, log, self.resume, workers)
+                log = RunLog(self.directory.log, name, every=loop.log_every, trackers=self.trackers)
+                stack.enter_context(log)
+            fit(task, batches, section, checkpoints, log, self.resume, workers, name_batch)
 
 
 def execute(recipe: Recipe, folder: str | Path, resume: bool = False) -> list[dict[str, Any]] | None:
@@ -115,11 +121,13 @@ def execute(recipe: Recipe, folder: str | Path, resume: bool = False) -> list[di
     Raises:
         ValueError: the folder holds something and `resume` is False; the recipe was changed; bad input of any kind.
     """
-    with recipe_workers() as workers:
-        return _execute(recipe, Path(folder), resume, workers)
+    with recipe_workers() as workers, ExitStack() as stack:
+        return _execute(recipe, Path(folder), resume, workers, stack)
 
 
-def _execute(recipe: Recipe, folder: Path, resume: bool, workers: Workers) -> list[dict[str, Any]] | None:
+def _execute(
+    recipe: Recipe, folder: Path, resume: bool, workers: Workers, stack: ExitStack
+) -> list[dict[str, Any]] | None:
     began = time.perf_counter()
     begun = False
     if workers.first:
@@ -134,7 +142,10 @@ def _execute(recipe: Recipe, folder: Path, resume: bool, workers: Workers) -> li
         _refuse_changes(recipe, RunDirectory(folder, create=False))
     data = _prepare(recipe, base, folder, begun, workers)
     directory = RunDirectory(folder)
-    run = Run(recipe, directory, Lineage(directory.lineage), data, resume, workers)
+    trackers = open_trackers(recipe.tracking, folder, recipe.name) if workers.first else []
+    for tracker in trackers:
+        stack.callback(tracker.close)
+    run = Run(recipe, directory, Lineage(directory.lineage), data, resume, workers, trackers)
     if workers.first:
         write_text(directory.recipe, dump_recipe(recipe))
     # Nobody changes the lineage before everybody has read it.
@@ -156,11 +167,12 @@ def check_recipe(recipe: Recipe, workers: int = 1) -> TeacherConfig:
     """The teacher's configuration, if teacher, layout and tokenizer go together; writes nothing, reads no text.
 
     Raises:
-        ValueError: a teacher, layout or tokenizer that does not serve, or a batch that does not divide among so many
-            workers.
+        ValueError: a teacher, layout, tokenizer or tracker that does not serve, or a batch that does not divide among
+            so many workers.
     """
     for section in filter(None, [recipe.teacher.pretrain, *recipe.stages]):
         check_division(section.loop, workers)
+    check_trackers(recipe.tracking)
     tokenizer = load_tokenizer(recipe.data)
     if recipe.teacher.pretrain is not None:
         base = recipe.teacher.pretrain.configuration(tokenizer.vocab_size)

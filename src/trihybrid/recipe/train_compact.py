@@ -165,6 +165,9 @@ def _train(run: Run, resume: bool, workers: Workers) -> FitSummary:
     def batch(step: int) -> Batch:
         return packed.batch(step, workers.rank, workers.count)
 
+    def name_batch(step: int) -> str:
+        return packed.name(step, workers.rank, workers.count)
+
     task = CompactTask(run.model, section)
     with ExitStack() as stack:
         batches = stack.enter_context(Prefetch(batch, device=workers.device))
@@ -172,7 +175,7 @@ def _train(run: Run, resume: bool, workers: Workers) -> FitSummary:
         if workers.first:
             log = stack.enter_context(RunLog(run.directory.log, STAGE, every=loop.log_every))
             _begin_log(run, log, workers)
-        summary = fit(task, batches, section, checkpoints, log, resume, workers)
+        summary = fit(task, batches, section, checkpoints, log, resume, workers, name_batch)
     run.model.set_quantisation(False)
     return summary
 

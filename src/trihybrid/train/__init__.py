@@ -15,7 +15,7 @@ from trihybrid.train.section import (
     ScheduleSection,
     TrainSection,
 )
-from trihybrid.train.task import FollowsProgress, SplitsBatches, Task, Weighs
+from trihybrid.train.task import FollowsProgress, HasModule, SplitsBatches, Task, Weighs
 
 __all__ = [
     "ALONE",
@@ -26,6 +26,7 @@ __all__ = [
     "Checkpoints",
     "FitSummary",
     "FollowsProgress",
+    "HasModule",
     "LoopSection",
     "MuonSection",
     "OptimizerSection",

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from trihybrid.run.log import RunLog, StepRecord
 from trihybrid.train.average import Average
+from trihybrid.train.blame import first_not_finite
 from trihybrid.train.checkpoint import Checkpoints, Progress, random_state, restore_random_state
 from trihybrid.train.clock import Clock, Moment
 from trihybrid.train.distributed import Workers
-from trihybrid.train.gradients import GradientNorms, Readback, check_finite, some_names
+from trihybrid.train.gradients import GradientNorms, Readback, check_finite, layer_norms, some_names
 from trihybrid.train.optim import Optimizers
 from trihybrid.train.schedule import momentum
 from trihybrid.train.section import TrainSection
-from trihybrid.train.task import Differentiates, FollowsProgress, SplitsBatches, Task, Weighs
+from trihybrid.train.task import Differentiates, FollowsProgress, HasModule, SplitsBatches, Task, Weighs
 
 _logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Stage:
     """The steps of a stage, from where it is to its end.
 
     Args:
-        task, batches, section, workers: as `fit` has them.
+        task, batches, section, workers, name_batch: as `fit` has them.
         parameters: the task's, at the start of this session.
         optimizers, average: of these parameters; no average is kept if None.
     """
@@ -55,8 +56,10 @@ class Stage:
         optimizers: Optimizers,
         average: Average | None,
         workers: Workers,
+        name_batch: Callable[[int], str],
     ) -> None:
         self.task, self.batches, self.section = task, batches, section
+        self.name_batch = name_batch
         self.parameters, self.optimizers, self.average = parameters, optimizers, average
         self.workers = workers
         self.on_gpu = any(parameter.is_cuda for parameter in parameters.values())
@@ -112,7 +115,7 @@ class Stage:
             }
         )
         if not self.on_gpu:
-            _check(step, norms.names, numbers)
+            self._check(step, norms.names, numbers)
         norms.clip(section.optimizer.gradient_clip)
         self.optimizers.step()
         if self.average is not None:
@@ -177,7 +180,7 @@ class Stage:
 
     def _record(self, done: _Done, moment: Moment) -> None:
         """Check and log a step that was made."""
-        numbers = _check(done.step, done.names, done.numbers)
+        numbers = self._check(done.step, done.names, done.numbers)
         seconds = self.clock.elapsed()
         tokens = self.progress.tokens + done.tokens
         self.progress = Progress(done.step + 1, numbers["loss"].item(), tokens, seconds)
@@ -196,10 +199,41 @@ class Stage:
                         name.removeprefix("metric."): number.item()
                         for name, number in numbers.items()
                         if name.startswith("metric.")
-                    },
+                    }
+                    | layer_norms(done.names, numbers["norms"]),
                 )
             )
         self.marked = seconds
+
+    def _check(self, step: int, names: list[str], numbers: Readback) -> dict[str, Tensor]:
+        """The numbers of a step, if they are finite; else the error says where they stopped being so."""
+        read = numbers.read()
+        try:
+            check_finite(step, read["loss"].item(), read["norm"].item(), names, read["norms"])
+        except FloatingPointError as error:
+            broken = [
+                name.removeprefix("metric.") for name, value in read.items() if not value.isfinite().all()
+            ]
+            metrics = [name for name in broken if name not in ("loss", "norm", "norms")]
+            where = {"batch": self.name_batch(step), "layer": self._layer(step), "metrics": metrics}
+            if self.log is not None:
+                self.log.event("not_finite", {"step": step, **where})
+            raise FloatingPointError(
+                f"{error}; batch: {where['batch']}; layer: {where['layer']}; metrics that are not finite: "
+                f"{some_names(metrics)}"
+            ) from None
+        return read
+
+    def _layer(self, step: int) -> str:
+        """Where this worker's share of a step stops being finite, as far as that can still be seen."""
+        if not isinstance(self.task, HasModule):
+            return "not looked for"
+        if not all(torch.isfinite(parameter).all() for parameter in self.parameters.values()):
+            # On a GPU a step is checked while the next one runs.
+            return "not to be told any more, the update has gone into the parameters"
+        task, parts = self.task, self._parts(self.batches(step))
+        found = first_not_finite(task.module, lambda: [self.task.loss(part) for part in parts])
+        return found or f"none in the forward pass of worker {self.workers.rank}, so in the backward pass"
 
     def _save(self, moment: Moment, checkpoints: Checkpoints) -> None:
         _check_parameters(self.parameters, moment.step - 1)
@@ -252,12 +286,6 @@ def _mean(
         name: sum(share * numbers[name] for (_, numbers), share in zip(found, shares, strict=True))
         for name in found[0][1]
     }
-
-
-def _check(step: int, names: list[str], numbers: Readback) -> dict[str, Tensor]:
-    read = numbers.read()
-    check_finite(step, read["loss"].item(), read["norm"].item(), names, read["norms"])
-    return read
 
 
 def _check_loss(loss: Tensor, step: int) -> None:

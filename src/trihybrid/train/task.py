@@ -2,7 +2,7 @@
 
 The loop gets an opaque batch from a function of the step and hands it to the task, which knows the model, the
 data and the losses. What a task may do besides, it shows by having the method: `SplitsBatches`, `Weighs`,
-`FollowsProgress`, `Differentiates`.
+`FollowsProgress`, `Differentiates`, `HasModule`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -75,4 +75,14 @@ class Differentiates(Protocol):
         """Add `share` times the gradient of the batch's loss to the gradients of the parameters. What `loss` returns,
         without gradient graphs.
         """
+        ...
+
+
+@runtime_checkable
+class HasModule(Protocol):
+    """A task whose loss is the work of one module, in which a number that is not finite can be looked for."""
+
+    @property
+    def module(self) -> nn.Module:
+        """All that `loss` runs."""
         ...
