@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-START, END = "<!-- compact rows -->", "<!-- end of compact rows -->"
-HEAD = (
+COMPACT = (
     "| row | parameters | tokens a step | steps | ms a step (yardstick) | MFU "
     "| bpb chunked | sliding | raw | gap | bytes |\n"
     "|---|---|---|---|---|---|---|---|---|---|---|\n"
+)
+DISTILL = (
+    "| row | teacher | parameters | tokens | bpb (teacher) | KL | agreement | entropy (teacher) "
+    "| calibration error (teacher) | recall (teacher) | needle (teacher) | cache MB (teacher) |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|\n"
 )
 
 
@@ -47,24 +51,66 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "benchmarks" / "rows")
-    folder = parser.parse_args().folder / "compact"
-    rows = [json.loads(file.read_text()) for file in folder.glob("*.json")]
-    if not rows:
-        parser.error(f"{folder} holds no row (*.json); benchmarks/compact.py leaves them there")
-    rows.sort(key=lambda row: row["row"])
-    page = ROOT / "docs" / "results.md"
-    text = between(page.read_text(), START, END, HEAD + "".join(map(compact, rows)))
-    print(f"{page}: {len(rows)} rows of compact models")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
+    given = parser.parse_args()
+    tables = {
+        "compact": (read(given.folder / "compact"), COMPACT, compact),
+        "distill": (read(given.folder / "distill"), DISTILL, distill),
+    }
+    if not any(rows for rows, _, _ in tables.values()):
+        parser.error(
+            f"{given.folder} holds no row (*/*.json); benchmarks/compact.py and distill_quality.py leave them there"
+        )
+    text = given.page.read_text()
+    for name, (rows, head, line) in tables.items():
+        body = head + "".join(map(line, rows)) if rows else ""
+        text = between(text, f"<!-- {name} rows -->", f"<!-- end of {name} rows -->", body)
+        print(f"{given.page}: {len(rows)} {name} rows")
     for name, columns in COSTS.items():
-        file = folder.parent / "distillation" / f"{name}.json"
+        file = given.folder / "distillation" / f"{name}.json"
         if not file.exists():
             print(f"{file}: not there; benchmarks/{name}.py --json leaves it")
             continue
         found = json.loads(file.read_text())
         text = between(text, f"<!-- {name} -->", f"<!-- end of {name} -->", costs(found, columns))
-        print(f"{page}: {len(found)} rows of {name}")
-    page.write_text(text)
+        print(f"{given.page}: {len(found)} rows of {name}")
+    given.page.write_text(text)
     return 0
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The rows in a folder, by name."""
+    return sorted((json.loads(file.read_text()) for file in folder.glob("*.json")), key=lambda r: r["row"])
+
+
+def distill(row: dict[str, Any]) -> str:
+    """One line of the table of conversions: the last student beside its teacher."""
+    teacher, student = row["measured"][0], row["measured"][-1]
+
+    def both(figure: str, places: int) -> str:
+        return f"{student[figure]:.{places}f} ({teacher[figure]:.{places}f})"
+
+    def needle(side: dict[str, Any]) -> str:
+        return " ".join(f"{100 * found['accuracy']:.0f}" for found in side["needle"])
+
+    # A teacher without a window has no recall beyond one.
+    beyond = "recall_overall" if teacher["recall"] is None else "recall"
+    held = [row["cache_bytes"][side] for side in ("after", "before")]
+    cells = [
+        row["row"],
+        row["teacher"][:8],
+        f"{row['parameters']:,}",
+        f"{sum(row['tokens'].values()):,}",
+        both("bpb", 4),
+        f"{student['kl']:.4f}",
+        f"{100 * student['agreement']:.1f} %",
+        both("entropy", 3),
+        both("calibration_error", 4),
+        both(beyond, 3),
+        f"{needle(student)} ({needle(teacher)})",
+        " ".join(f"({size / 1e6:.2f})" if place else f"{size / 1e6:.2f}" for place, size in enumerate(held)),
+    ]
+    return f"| {' | '.join(cells)} |\n"
 
 
 def between(text: str, start: str, end: str, table: str) -> str:

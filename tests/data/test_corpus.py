@@ -127,10 +127,10 @@ def test_the_way_the_text_is_handed_out_changes_no_byte(
     asked = []
 
     def encode_here(
-        documents: Iterable[str], tokenizer: TextTokenizer, processes: int
+        documents: Iterable[str], tokenizer: TextTokenizer, processes: int, skip: int
     ) -> Iterator[EncodedBatch]:
         asked.append(processes)
-        return encode.encode_documents(documents, tokenizer)
+        return encode.encode_documents(documents, tokenizer, skip=skip)
 
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 100)
     monkeypatch.setattr(corpus, "encode_documents", encode_here)

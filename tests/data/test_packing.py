@@ -205,3 +205,9 @@ def test_bad_arguments_are_refused(shards: TokenShards) -> None:
 def test_tokens_are_wide_enough_for_an_embedding(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [[65_535] * 5], 65_536, BOS, text_bytes=0, tokenizer_hash="")
     assert PackedBatches(shards, 5, 1, 0).batch(0).targets.max() == np.iinfo(np.uint16).max
+
+
+def test_a_batch_is_named_by_its_windows(shards: TokenShards) -> None:
+    batches = PackedBatches(shards, 10, 4, None)
+    assert batches.name(1) == f"windows 4 (40-50), 5 (50-60), 6 (60-70), 7 (70-80) of {shards.folder}"
+    assert batches.name(1, 1, 2) == f"windows 5 (50-60), 7 (70-80) of {shards.folder}"

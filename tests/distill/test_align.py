@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distances import distance
 from trihybrid.distill.align import Alignment, AlignTask, relative_distance
 from trihybrid.distill.pair import Pair
 from trihybrid.distill.section import NEW_MIXERS
@@ -31,7 +32,7 @@ def dense_losses(teacher, student, tokens_BT: Tensor, positions_BT: Tensor) -> l
         y_BTD = layer.self_attn.mix(records[index].inputs[0], stream.span, stream.shared, None)
         ours = layer.post_attention_layernorm(y_BTD)
         theirs = layer.post_attention_layernorm(records[index].outputs[0]).detach()
-        losses.append((ours - theirs).pow(2).sum() / theirs.pow(2).sum())
+        losses.append(distance(ours, theirs))
     return losses
 
 
@@ -99,14 +100,14 @@ def test_a_slot_that_says_what_the_teacher_says_has_no_loss(
 
 @pytest.mark.parametrize("fields", KINDS[:3])
 def test_packed_documents_are_separate_documents(make_teacher, make_student, block, fields) -> None:
-    """Sums above and below the line add up over documents."""
+    """Sums above and below the line add up over the documents of a row."""
     teacher = make_teacher(torch.float64)
     student = make_student(teacher, **fields)
     alignment = Alignment(pair_of(teacher, student))
-    tokens_BT, positions_BT = block
+    row = tokens_BT, positions_BT = block[0][:1], block[1][:1]
     parts = [(t, p) for t, p in zip(tokens_BT.split([9, 15], 1), positions_BT.split([9, 15], 1), strict=True)]
     with torch.no_grad():
-        whole = alignment(*block)[1]
+        whole = alignment(*row)[1]
         separate = [alignment(*part)[1] for part in parts]
         records = [record_layers(teacher, [part], CONVERTED) for part in parts]
     for index in CONVERTED:
@@ -128,13 +129,14 @@ def test_layers_above_the_last_conversion_are_not_run(make_teacher, make_student
 
 
 def test_relative_distance() -> None:
-    x, target = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0], requires_grad=True)
-    assert relative_distance(x, target).item() == pytest.approx(25 / 16)
+    x = torch.tensor([[3.0, 0.0], [1.0, 1.0]])
+    target = torch.tensor([[0.0, 4.0], [1.0, 2.0]], requires_grad=True)
+    assert relative_distance(x, target).item() == pytest.approx((25 / 16 + 1 / 5) / 2)
     assert relative_distance(target, target).item() == 0
     assert not relative_distance(x, target).requires_grad
     assert relative_distance(x.bfloat16(), target.bfloat16()).dtype == torch.float32
     assert relative_distance(x.double(), target.double()).dtype == torch.float64
-    assert relative_distance(torch.zeros(3), torch.zeros(3)).item() == 0
+    assert relative_distance(torch.zeros(2, 3), torch.zeros(2, 3)).item() == 0
 
 
 def test_relative_distance_by_autograd() -> None:

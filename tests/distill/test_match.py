@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distances import distance
+from trihybrid.distill.align import AlignTask
 from trihybrid.distill.match import Matching, MatchTask
 from trihybrid.distill.pair import Pair
 from trihybrid.distill.section import NEW_MIXERS
@@ -49,10 +51,7 @@ def dense(
     allowed = options.get("allowed_V", torch.arange(teacher_BTV.shape[-1]))
     temperature = options.get("temperature", 1.0)
     p, q = ((x[..., allowed] / temperature).log_softmax(-1) for x in (teacher_BTV, student_BTV))
-    distances = [
-        (s - t).pow(2).sum() / t.pow(2).sum()
-        for s, t in list(zip(student_states, teacher_states, strict=True))[first:]
-    ]
+    distances = [distance(s, t) for s, t in list(zip(student_states, teacher_states, strict=True))[first:]]
     kl, hidden = (p.exp() * (p - q)).sum(-1).mean(), torch.stack(distances).mean()
     same = (teacher_BTV[..., allowed].argmax(-1) == student_BTV[..., allowed].argmax(-1)).double().mean()
     return {
@@ -60,6 +59,7 @@ def dense(
         "kl": kl,
         "hidden": hidden,
         "agreement": same,
+        **{f"hidden/{index}": distance for index, distance in enumerate(distances, first)},
     }
 
 
@@ -207,7 +207,22 @@ def test_task(make_teacher, make_student, make_batch) -> None:
         and task.roles() == pair.roles()
         and task.tokens(make_batch(1)) == 48
     )
-    assert set(metrics) == {"kl", "hidden", "agreement"} and not any(
-        v.requires_grad for v in metrics.values()
-    )
+    distances = {name: value for name, value in metrics.items() if name.startswith("hidden/")}
+    assert set(metrics) == {"kl", "hidden", "agreement", *distances}
+    assert list(distances) == [f"hidden/{index}" for index in range(2, 9)]
+    assert torch.stack(list(distances.values())).mean().item() == pytest.approx(metrics["hidden"].item())
+    assert not any(value.requires_grad for value in metrics.values())
     assert loss.item() == pytest.approx((metrics["kl"] + 0.5 * metrics["hidden"]).item())
+
+
+def test_the_parts_of_a_batch_are_the_batch(make_teacher, make_student, make_batch) -> None:
+    teacher = make_teacher(torch.float64)
+    pair = Pair(make_student(teacher), copy.deepcopy(teacher), NEW_MIXERS)
+    batch = make_batch(1)
+    for task in (AlignTask(pair), MatchTask(Matching(pair))):
+        parts = task.split(batch, 2)
+        loss, metrics = task.loss(batch)
+        found = [task.loss(part) for part in parts]
+        assert relative_error(torch.stack([part[0] for part in found]).mean(), loss) <= 1e-10
+        for name, number in metrics.items():
+            assert relative_error(torch.stack([part[1][name] for part in found]).mean(), number) <= 1e-10

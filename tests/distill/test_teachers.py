@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distances import distance
 from tiny_teachers import LAYERS, TEACHERS, build_student, build_teacher
 from trihybrid.distill.align import Alignment
 from trihybrid.distill.match import Matching
@@ -53,7 +54,7 @@ def test_stage_one_compares_what_the_residual_stream_receives(name, block, check
         target_BTD = records[index].outputs[0]
         if name == "gemma3":
             y_BTD, target_BTD = (layer.post_attention_layernorm(y) for y in (y_BTD, target_BTD))
-        expected.append((y_BTD - target_BTD.detach()).pow(2).sum() / target_BTD.detach().pow(2).sum())
+        expected.append(distance(y_BTD, target_BTD.detach()))
     torch.stack(expected).mean().backward()
     loss, losses = Alignment(pair, checkpointing)(*block)
     loss.backward()
@@ -100,10 +101,7 @@ def test_stage_two_is_the_dense_formula_of_two_whole_models(name, block, checkpo
     p, q = (x.log_softmax(-1) for x in (teacher_BTV, student_BTV))
     first = next(i for i, slot in enumerate(naive.config.slot_list()) if slot.converted or slot.window)
     assert pair.first_difference == first
-    distances = [
-        (s - t).pow(2).sum() / t.pow(2).sum()
-        for s, t in list(zip(student_states, teacher_states, strict=True))[first:]
-    ]
+    distances = [distance(s, t) for s, t in list(zip(student_states, teacher_states, strict=True))[first:]]
     kl, hidden = (p.exp() * (p - q)).sum(-1).mean(), torch.stack(distances).mean()
     (kl + 0.1 * hidden).backward()
     loss, parts = Matching(pair, checkpointing=checkpointing, chunk=7)(*block)

@@ -73,3 +73,35 @@ def test_an_interrupted_stage_resumes_to_the_bit(run, tmp_path, stage, train) ->
     for name, parameter in whole.trained.items():
         assert torch.equal(parameter, parts.trained[name]), name
     assert [row["loss"] for row in rows] == [row["loss"] for row in whole_rows]
+
+
+@pytest.mark.parametrize("stage", ["align", "match"])
+def test_nan_in_a_new_mixer_names_its_layer_and_leaves_the_last_checkpoint(
+    make_teacher, make_student, make_batch, tmp_path, stage
+) -> None:
+    teacher = make_teacher()
+    pair = Pair(make_student(teacher), copy.deepcopy(teacher), NEW_MIXERS)
+    task = AlignTask(pair) if stage == "align" else MatchTask(Matching(pair, chunk=64))
+    loop = {"steps": 4, "checkpoint_every": 1}
+
+    def batches(step: int):
+        if step == 2:
+            # One unit of one layer overflows, as the exponential of a decay may; the weights stay finite.
+            pair.student.model.layers[5].self_attn.rwkv7.register_forward_hook(overflow)
+        return make_batch(0)
+
+    def overflow(module, arguments, output):
+        return output[0] * torch.full((), float("inf")), output[1]
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", stage_hash=stage, parent_hash="parent")
+    section = TrainSection.model_validate({"loop": loop})
+    log = RunLog(tmp_path / "log.jsonl", stage, every=1000)
+    with pytest.raises(
+        FloatingPointError, match=r"step 2: .*batch: rows at 2; layer: .*layers\.5\.self_attn"
+    ):
+        fit(task, batches, section, checkpoints, log, True, name_batch=lambda step: f"rows at {step}")
+    assert checkpoints.latest() == tmp_path / "checkpoints" / "step-000002"
+    *rows, event = read_log(tmp_path / "log.jsonl")
+    assert [row["step"] for row in rows] == [0, 1] and event["event"] == "not_finite"
+    assert ("alignment/5" if stage == "align" else "hidden/5") in event["metrics"]
+    assert all("gradient/5" in row for row in rows)

@@ -49,5 +49,7 @@ def test_half_of_the_choices(fake, batches) -> None:
 
 
 def test_needs_a_teacher() -> None:
+    zero = torch.zeros(1)
+    alone = Scores(zero, zero.long(), None, zero, zero, zero.bool())
     with pytest.raises(ValueError, match="needs scores with a teacher"):
-        AgreementMeter().add(Scores(torch.zeros(1), torch.zeros(1, dtype=torch.int64), None))
+        AgreementMeter().add(alone)

@@ -24,6 +24,8 @@ KEYS = [
     "raw_bpb",
     "kl",
     "agreement",
+    "entropy",
+    "calibration_error",
     "recall",
     "recall_overall",
     "recall_by_distance",

@@ -88,3 +88,16 @@ def test_roles_cover_all_parameters(shape, tied, name) -> None:
 
 def test_tokens_are_inputs(shape) -> None:
     assert PretrainTask(model_of(shape)).tokens(batch_of(5, 8, rows=3)) == 3 * 12
+
+
+def test_the_weighted_parts_of_a_batch_are_the_batch(shape) -> None:
+    """Also where one row has fewer targets than the other."""
+    task = PretrainTask(model_of(shape))
+    tokens_BT = torch.randint(3, VOCABULARY, (2, 12))
+    positions_BT = torch.stack([torch.arange(12), torch.cat([torch.arange(3)] * 4)])
+    batch = Batch(tokens_BT, positions_BT)
+    parts = task.split(batch, 2)
+    weights = [task.weight(part) for part in parts]
+    assert weights == [11, 8] and task.weight(batch) == 19
+    mean = sum(weight * task.loss(part)[0] for weight, part in zip(weights, parts, strict=True)) / 19
+    assert relative_error(mean, task.loss(batch)[0]) <= 1e-10

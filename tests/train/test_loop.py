@@ -117,7 +117,9 @@ def test_nan_in_one_gradient_names_step_and_parameter(tiny: ModuleType, tmp_path
     assert "mix.weight" not in str(error.value)
     assert (tmp_path / "checkpoints" / "step-000006" / "checkpoint.json").is_file()
     assert all(torch.isfinite(tensor).all() for tensor in task.parameters().values())
-    assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == list(range(7))
+    *rows, event = read_log(tmp_path / "log.jsonl")
+    assert [row["step"] for row in rows] == list(range(7))
+    assert (event["event"], event["step"], event["batch"]) == ("not_finite", 7, "of step 7")
 
 
 def test_loss_that_is_not_finite_stops_the_run(tiny: ModuleType, tmp_path: Path) -> None:

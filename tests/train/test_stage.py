@@ -42,6 +42,28 @@ def test_a_batch_in_parts_is_the_batch(tiny: ModuleType, tmp_path: Path, optimiz
             assert row[key] == pytest.approx(wanted[key], rel=1e-6)
 
 
+def test_parts_count_as_the_task_weighs_them(tiny: ModuleType, tmp_path: Path) -> None:
+    """Rows of different worth: row 0 counts once, row 1 twice, and so on."""
+
+    class WeightedTask(tiny.SplitTask):
+        def loss(self, batch: torch.Tensor):
+            losses = [super(WeightedTask, self).loss(row[None])[0] for row in batch]
+            weights = [self.weight(row[None]) for row in batch]
+            return sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights), {}
+
+        def weight(self, batch: torch.Tensor) -> float:
+            return float(1 + batch[:, 0].sum())
+
+    tasks = [WeightedTask(dropout=0.0, dtype=torch.float64) for _ in range(2)]
+    for task, parts in zip(tasks, (1, 4), strict=True):
+        section = tiny.section_of(steps=6, accumulate=parts)
+        tiny.run_fit(tmp_path / str(parts), task=task, section=section)
+    for name, tensor in tasks[0].parameters().items():
+        torch.testing.assert_close(tasks[1].parameters()[name], tensor, rtol=1e-9, atol=1e-12)
+    for row, wanted in zip(trace(tmp_path / "4"), trace(tmp_path / "1"), strict=True):
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-9)
+
+
 def test_a_task_that_cannot_split_is_refused(tiny: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"loop\.accumulate: 2, but TinyTask cannot split"):
         tiny.run_fit(tmp_path, section=tiny.section_of(accumulate=2))

@@ -56,7 +56,10 @@ def distill(
     dry_run: DryRun = False,
     resume: Resume = False,
 ) -> None:
-    """Run a recipe: teacher, surgery, distillation stages, evaluation, report."""
+    """Run a recipe: teacher, surgery, distillation stages, evaluation, report.
+
+    Under `torchrun` all processes train one model, and the first of them does the rest.
+    """
     from trihybrid.recipe.load import load_conversion
 
     loaded = load_conversion(recipe, overrides)
@@ -170,6 +173,8 @@ def _run(recipe: Any, out: Path, dry_run: bool, resume: bool) -> None:
         return
     began = time.perf_counter()
     rows = execute(recipe, out, resume)
+    if rows is None:  # one of the other processes of torchrun
+        return
     page = build_report(out)
     seconds = time.perf_counter() - began
     console.print(results_table(rows))

@@ -65,7 +65,10 @@ def train(
 @app.command()
 def data(
     source: Annotated[
-        str, typer.Argument(help="Training text: `builtin`, a file, or a folder of text or shards.")
+        str,
+        typer.Argument(
+            help="Training text: `builtin`, a file, a folder of text or shards, or datasets:NAME[:SPLIT]."
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
     tokenizer: Annotated[
@@ -82,7 +85,10 @@ def data(
         ),
     ] = "trihybrid",
 ) -> None:
-    """Turn text into token shards, whose bytes are checked against the text, with the tokenizer beside them."""
+    """Turn text into token shards, whose bytes are checked against the text, with the tokenizer beside them.
+
+    What was interrupted goes on behind its finished shards when the same command is given again.
+    """
     from trihybrid.data.challenge import export_challenge
     from trihybrid.data.corpus import CorpusSection, prepare_corpus
     from trihybrid.recipe.fields import load_section

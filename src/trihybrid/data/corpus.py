@@ -18,16 +18,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .byte_table import byte_lengths, check_table
 from .challenge import Split, challenge_files, import_challenge
-from .encode import encode_documents
+from .columns import is_dataset
+from .encode import BATCH_CHARACTERS, EncodedBatch, encode_documents
+from .journal import Journal, Mark
 from .probes import mix_documents
 from .progress import DocumentProgress
 from .sentencepiece import open_tokenizer
-from .shards import MANIFEST, TokenShards, existing_shards, write_stream
+from .shards import MANIFEST, TOKENS_PER_SHARD, ShardEntry, TokenShards, existing_shards, write_stream
 from .text import (
     TRAINING,
     VALIDATION,
     assign_documents,
     document_files,
+    hash_documents,
     read_documents,
     stream_documents,
     text_suffix,
@@ -48,8 +51,8 @@ class CorpusSection(BaseModel):
     train: str = Field(
         default="builtin",
         min_length=1,
-        description='"builtin", a .txt or .jsonl file (also .xz, .gz), a folder of those, of our shards, or of the '
-        "challenge's token files",
+        description='"builtin", a .txt or .jsonl file (also .xz, .gz), a .parquet file, a folder of those, of our '
+        "shards, or of the challenge's token files, or datasets:NAME[:SPLIT[:CONFIGURATION]]",
     )
     validation: str | None = Field(
         default=None,
@@ -101,8 +104,8 @@ def prepare_corpus(
 
     Same input means equal tokenizer, settings and files, by hash. A part of another input is built again, with one
     log line, or refused where `replace` is False. A part is complete or has no manifest, whenever the building was
-    interrupted. One process at a time may prepare a folder: with several ranks, the first prepares and the others
-    then read.
+    interrupted; the next call then goes on behind its finished shards. One process at a time may prepare a folder:
+    with several ranks, the first prepares and the others then read.
 
     Args:
         section: what to build.
@@ -133,7 +136,7 @@ def _sources(section: CorpusSection) -> dict[Part, _Source]:
                 f"train and validation are both {validation.place}: name other text for one of them, or set "
                 "validation to null, which splits train"
             )
-        if train.kind == validation.kind == "text" and "builtin" not in (train.place, validation.place):
+        if train.kind == validation.kind == "text" and _files(train) and _files(validation):
             held = frozenset(file.resolve() for file in document_files(validation.place))
             train = _Source("text", train.place, without=held)
         return {"train": train, "validation": validation}
@@ -208,29 +211,78 @@ def _encode(
     processes: int,
     source_hash: str,
 ) -> TokenShards:
-    text_bytes = skipped = 0
+    journal = Journal(target, _build(source_hash))
+    last = journal.marks[-1] if journal.marks else None
+    before = _Before(last.batches, last.text_bytes, last.skipped) if last else _Before()
+    begun = [mark.shard for mark in journal.marks]
+    written = sum(shard.tokens for shard in begun)
+    counted = EncodedBatch(np.empty(0, np.int64), 0, 0, 0)
+    start = written - (last.offset if last else 0)
 
     def arrays() -> Iterator[np.ndarray]:
-        nonlocal text_bytes, skipped
+        nonlocal before, counted, start
+        drop = written - start
         with DocumentProgress(part) as progress:
-            for batch in encode_documents(_documents(part, source, section), tokenizer, processes):
-                text_bytes += batch.text_bytes
-                skipped += batch.skipped
+            documents = _documents(part, source, section)
+            for number, batch in enumerate(encode_documents(documents, tokenizer, processes, before.batches)):
+                if number:
+                    before = before.behind(counted)
+                    start += counted.tokens_N.size
+                counted = batch
                 progress.add(batch.documents + batch.skipped, batch.text_bytes, batch.tokens_N.size)
-                yield batch.tokens_N
+                yield batch.tokens_N[drop:]
+                drop = 0
+            before = before.behind(counted)
+
+    def finished(shard: ShardEntry, documents: int) -> None:
+        nonlocal written
+        written += shard.tokens
+        journal.add(
+            Mark(
+                shard=shard,
+                documents=documents,
+                batches=before.batches,
+                offset=written - start,
+                text_bytes=before.text_bytes,
+                skipped=before.skipped,
+            )
+        )
 
     shards = write_stream(
         target,
         arrays(),
         tokenizer.vocab_size,
         tokenizer.bos_id,
-        text_bytes=lambda: text_bytes,
+        text_bytes=lambda: before.text_bytes,
         tokenizer_hash=tokenizer.hash,
         source_hash=source_hash,
+        tokens_per_shard=TOKENS_PER_SHARD,
+        done=begun,
+        done_documents=last.documents if last else 0,
+        finished=finished,
     )
-    if skipped:
-        logger.warning("data: %s leaves out %d documents that encode to nothing", part, skipped)
+    journal.close()
+    if before.skipped:
+        logger.warning("data: %s leaves out %d documents that encode to nothing", part, before.skipped)
     return shards
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What the batches before one amount to."""
+
+    batches: int = 0
+    text_bytes: int = 0
+    skipped: int = 0
+
+    def behind(self, batch: EncodedBatch) -> "_Before":
+        """The same with one batch more."""
+        return _Before(self.batches + 1, self.text_bytes + batch.text_bytes, self.skipped + batch.skipped)
+
+
+def _build(source_hash: str) -> str:
+    """Hash of what decides the bytes of shards and where batches end."""
+    return hashlib.sha256(f"{source_hash} {BATCH_CHARACTERS} {TOKENS_PER_SHARD}".encode()).hexdigest()
 
 
 def _documents(part: Part, source: _Source, section: CorpusSection) -> Iterator[str]:
@@ -248,6 +300,11 @@ def _stream(source: _Source, section: CorpusSection) -> Iterator[str]:
     return stream_documents(source.place, source.without)
 
 
+def _files(source: _Source) -> bool:
+    """Whether the text of a source lies in files that a user names."""
+    return source.place != "builtin" and not is_dataset(source.place)
+
+
 def _hash_source(part: Part, source: _Source, section: CorpusSection, tokenizer: TextTokenizer) -> str:
     """sha256 (hex) of all that decides the content of one part: the files by their hash and
     kind, not by their names."""
@@ -258,6 +315,8 @@ def _hash_source(part: Part, source: _Source, section: CorpusSection, tokenizer:
         digest = hashlib.sha256("\0".join(read_documents("builtin")).encode())
         hashes = [digest.hexdigest()]
         settings["seed"] = section.seed
+    elif is_dataset(source.place):
+        hashes = [hash_documents(stream_documents(source.place))]
     elif source.kind == "challenge":
         hashes = [_hash_file(file) for file in challenge_files(source.place, SPLITS[part])]
     else:

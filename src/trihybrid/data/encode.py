@@ -13,6 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class EncodedBatch:
 
 
 def encode_documents(
-    documents: Iterable[str], tokenizer: TextTokenizer, processes: int = 1
+    documents: Iterable[str], tokenizer: TextTokenizer, processes: int = 1, skip: int = 0
 ) -> Iterator[EncodedBatch]:
     """Encode documents in their order.
 
@@ -49,13 +50,14 @@ def encode_documents(
         documents: the texts, consumed as a stream.
         tokenizer: encodes them.
         processes: 1 encodes in this one, more in as many others.
+        skip: batches at the beginning that are read and not encoded.
 
     Raises:
         ValueError: for fewer than one process, an id out of range, BOS inside a document, or a process that died.
     """
     if processes < 1:
         raise ValueError(f"processes is {processes}, must be at least 1")
-    batches = _batches(documents)
+    batches = islice(_batches(documents), skip, None)
     if processes == 1:
         return (_encode(tokenizer, first, texts) for first, texts in batches)
     return _in_processes(batches, tokenizer, processes)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .shards import TokenShards
 
+NAMED = 64  # windows that a message lists
 IGNORED = -100  # the target that torch's cross entropy leaves out
 
 
@@ -148,6 +149,14 @@ class PackedBatches:
             parts.append(self._permutation(epoch)[place : place + end - row])
             row += parts[-1].size
         return np.concatenate(parts)
+
+    def name(self, step: int, rank: int = 0, world: int = 1) -> str:
+        """What `batch` of the same arguments reads, for messages: the windows and their tokens of the stream."""
+        length = self._sequence_length
+        windows = self.windows_of(step)[rank::world].tolist()
+        listed = ", ".join(f"{w} ({w * length}-{(w + 1) * length})" for w in windows[:NAMED])
+        more = f" and {len(windows) - NAMED} more" if len(windows) > NAMED else ""
+        return f"windows {listed}{more} of {self._shards.folder}"
 
     def _permutation(self, epoch: int) -> np.ndarray:
         """Order of the windows in one epoch, int64 [windows].

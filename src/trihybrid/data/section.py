@@ -53,7 +53,8 @@ class DataSection(BaseModel):
     source: str = Field(
         default="builtin",
         min_length=1,
-        description='"builtin", a .txt or .jsonl file (also .xz, .gz), or a folder of those',
+        description='"builtin", a .txt or .jsonl file (also .xz, .gz), a .parquet file, a folder of those, or '
+        "datasets:NAME[:SPLIT[:CONFIGURATION]]",
     )
     tokenizer: str = Field(
         default="bytes",

@@ -25,6 +25,7 @@ MANIFEST = "manifest.json"
 SHARD_NAME = r"[0-9]{5,}\.bin"
 STORED: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 CURE = "delete the folder and prepare the data again"
+TOKENS_PER_SHARD = 2**24
 BLOCK = 2**20  # tokens that `documents` holds at once, beside the longest document
 
 
@@ -63,7 +64,7 @@ def write_shards(
     text_bytes: int,
     tokenizer_hash: str,
     source_hash: str = "",
-    tokens_per_shard: int = 2**24,
+    tokens_per_shard: int = TOKENS_PER_SHARD,
 ) -> "TokenShards":
     """Write documents as shards, each as BOS and its tokens.
 
@@ -106,7 +107,10 @@ def write_stream(
     text_bytes: Callable[[], int],
     tokenizer_hash: str,
     source_hash: str = "",
-    tokens_per_shard: int = 2**24,
+    tokens_per_shard: int = TOKENS_PER_SHARD,
+    done: Sequence[ShardEntry] = (),
+    done_documents: int = 0,
+    finished: Callable[[ShardEntry, int], None] | None = None,
 ) -> "TokenShards":
     """Write a stream that holds its BOS already, token by token as it is given.
 
@@ -115,6 +119,9 @@ def write_stream(
         arrays: integers [any length]; their concatenation is the stream. Consumed one at a time.
         vocab_size, bos_id, tokenizer_hash, source_hash, tokens_per_shard: as for `write_shards`.
         text_bytes: asked when the arrays are used up: UTF-8 bytes of all documents together.
+        done, done_documents: full shards that stand in the folder already, and the BOS in them; `arrays` goes on
+            behind them.
+        finished: called with each further full shard once it is written, and with the BOS so far.
 
     Raises:
         ValueError: for a stream of fewer than two tokens or without BOS, an id out of range, or sizes out of
@@ -128,14 +135,16 @@ def write_stream(
     (folder / MANIFEST).unlink(missing_ok=True)
     dtype: Literal["uint16", "uint32"] = "uint16" if vocab_size <= 2**16 else "uint32"
     checked = (_check_range(array, vocab_size).astype(STORED[dtype], copy=False) for array in arrays)
-    entries, documents = [], 0
-    for number, piece in enumerate(_pieces(checked, tokens_per_shard)):
+    entries, documents = list(done), done_documents
+    for number, piece in enumerate(_pieces(checked, tokens_per_shard), start=len(done)):
         content = piece.tobytes()
         name = f"{number:05d}.bin"
         write_atomically(folder / name, content)
         digest = hashlib.sha256(content).hexdigest()
         entries.append(ShardEntry(file=name, tokens=piece.size, bytes=len(content), sha256=digest))
         documents += int(np.count_nonzero(piece == bos_id))
+        if finished is not None and piece.size == tokens_per_shard:
+            finished(entries[-1], documents)
     tokens = sum(entry.tokens for entry in entries)
     if not documents or tokens < 2:
         raise ValueError(

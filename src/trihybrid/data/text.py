@@ -16,10 +16,12 @@ from typing import BinaryIO, cast
 import numpy as np
 
 from .builtin import python_documentation
+from .columns import dataset_texts, is_dataset, parquet_texts
 
-SUFFIXES = (".jsonl", ".txt")
+PARQUET = ".parquet"
+SUFFIXES = (".jsonl", PARQUET, ".txt")
 COMPRESSIONS = (".gz", ".xz")
-KINDS = "a .txt or .jsonl file (or one of these with .xz or .gz)"
+KINDS = "a .txt or .jsonl file (or one of these with .xz or .gz), a .parquet file"
 REPEATED, TRAINING, VALIDATION = 0, 1, 2
 
 
@@ -29,7 +31,8 @@ def read_documents(source: str | Path) -> list[str]:
     Args:
         source: "builtin" (the documentation that Python carries), a .txt file (one document), a .jsonl file
             (one JSON object with a string "text" a line; blank lines are skipped), one of these compressed
-            (.xz or .gz behind the name), or a folder of those, searched recursively in sorted order.
+            (.xz or .gz behind the name), a .parquet file with a column "text", or a folder of those, searched
+            recursively in sorted order; or "datasets:NAME[:SPLIT[:CONFIGURATION]]", see `dataset_texts`.
 
     Raises:
         ValueError: in one line, for a missing path, another kind of file, a damaged one, no text, an empty
@@ -51,6 +54,8 @@ def stream_documents(source: str | Path, without: Collection[Path] = ()) -> Iter
     """
     if source == "builtin":
         return iter(python_documentation())
+    if is_dataset(source):
+        return (_document(where, text) for where, text in dataset_texts(str(source)))
     return _stream(source, document_files(source, without))
 
 
@@ -134,6 +139,15 @@ def assign_documents(documents: Iterable[str], validation_fraction: float, seed:
     return sides
 
 
+def hash_documents(documents: Iterable[str]) -> str:
+    """sha256 (hex) of documents in their order, consumed as a stream."""
+    digest = hashlib.sha256()
+    for document in documents:
+        content = document.encode()
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
 def text_suffix(file: Path) -> str:
     """What a file says that it is: ".txt", ".jsonl" or another, without the compression's."""
     return Path(file.stem).suffix if file.suffix in COMPRESSIONS else file.suffix
@@ -147,11 +161,15 @@ def _stream(source: str | Path, files: list[Path]) -> Iterator[str]:
             yield document
     if empty:
         raise ValueError(
-            f"source {source} holds no text: it needs at least one non-empty .txt or .jsonl file"
+            f"source {source} holds no text: it needs at least one non-empty .txt, .jsonl or .parquet file"
         )
 
 
 def _read_file(file: Path) -> Iterator[str]:
+    if file.suffix == PARQUET:
+        for where, text in parquet_texts(file):
+            yield _document(where, text)
+        return
     try:
         with _open(file) as stream:
             if text_suffix(file) == ".txt":
@@ -197,9 +215,13 @@ def _read_line(where: str, line: str) -> str:
         raise ValueError(f"{where} is not JSON: {error}") from None
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise ValueError(f'{where} has no string "text": each line must be an object like {{"text": "..."}}')
-    text: str = record["text"]
+    return _document(where, record["text"])
+
+
+def _document(where: str, text: str) -> str:
+    """A text that may be a document; `where` is its place for the error."""
     if not text.strip():
-        raise ValueError(f'{where} has an empty "text": remove the line')
+        raise ValueError(f'{where} has an empty "text": remove it')
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,10 +1,10 @@
 """Stage 1: every converted slot learns what the teacher's attention says, from what the teacher's attention sees.
 
-For slot l:  L_l = |n_l(y_S) - n_l(y_T)|^2 / |n_l(y_T)|^2,  summed over all tokens above and below the line;  L = mean
-over slots. n_l is the layer's post-norm (frozen, scale-free) in families that have one between attention and residual
-stream, Gemma's; in the others it is the identity, and the loss is that of the bare outputs,
-|y_S - y_T|^2 / |y_T|^2: either way of what the residual stream receives. The teacher runs once for all slots, and each
-slot reads the teacher's own stream, so slots depend on each other only where they share keys and values.
+For slot l:  L_l = |n_l(y_S) - n_l(y_T)|^2 / |n_l(y_T)|^2,  summed over the tokens of a row above and below the line and
+averaged over the rows;  L = mean over slots. n_l is the layer's post-norm (frozen, scale-free) in families that have
+one between attention and residual stream, Gemma's; in the others it is the identity, and the loss is that of the bare
+outputs, |y_S - y_T|^2 / |y_T|^2: either way of what the residual stream receives. The teacher runs once for all slots,
+and each slot reads the teacher's own stream, so slots depend on each other only where they share keys and values.
 Legend: B batch, T time, D model width.
 """
 
@@ -76,10 +76,15 @@ class AlignTask:
     def tokens(self, batch: Batch) -> int:
         return batch.inputs.numel()
 
+    def split(self, batch: Batch, parts: int) -> list[Batch]:
+        """The batch as `parts` batches of equally many rows."""
+        return batch.split(parts)
+
 
 def relative_distance(x: Tensor, target: Tensor) -> Tensor:
-    """|x - target|^2 / |target|^2 over all elements, in float32 or wider; a scalar, 0 where they are equal. No gradient
-    goes to the target, and for the backward pass both wait as they are, not their difference in float32."""
+    """|x - target|^2 / |target|^2 of each row [B, ...], averaged over the rows, so that the mean over equal parts of a
+    batch is that of the whole; in float32 or wider, a scalar, 0 where they are equal. No gradient goes to the target,
+    and for the backward pass both wait as they are, not their difference in float32."""
     return _RelativeDistance.apply(x, target.detach())
 
 
@@ -87,15 +92,17 @@ class _RelativeDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, target: Tensor) -> Tensor:
         wide, aim = (_wide(t) for t in (x, target))
-        size = aim.pow(2).sum().clamp(min=torch.finfo(aim.dtype).tiny)
-        ctx.save_for_backward(x, target, size)
-        return (wide - aim).pow(2).sum() / size
+        size_B = aim.pow(2).flatten(1).sum(1).clamp(min=torch.finfo(aim.dtype).tiny)
+        ctx.save_for_backward(x, target, size_B)
+        return ((wide - aim).pow(2).flatten(1).sum(1) / size_B).mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        x, target, size = ctx.saved_tensors
-        return ((_wide(x) - _wide(target)).mul_(2 * gradient / size)).to(x.dtype), None
+        x, target, size_B = ctx.saved_tensors
+        factor_B = 2 * gradient / (len(size_B) * size_B)
+        rows = factor_B.view(-1, *[1] * (x.dim() - 1))
+        return ((_wide(x) - _wide(target)).mul_(rows)).to(x.dtype), None
 
 
 def _wide(x: Tensor) -> Tensor:

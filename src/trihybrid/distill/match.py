@@ -1,6 +1,6 @@
 """Stage 2: the student's distribution follows the teacher's while its hidden states stay near.
 
-    L = KL(p_T || p_S) + weight * mean over layers of |h_S - h_T|^2 / |h_T|^2
+    L = KL(p_T || p_S) + weight * mean over layers and rows of |h_S - h_T|^2 / |h_T|^2
 
 Both distributions are softcapped where the teacher's is, and plain elsewhere; the student runs on its own hidden
 states, so what it gets wrong below it must bear above (cumulative alignment). Layers below the first difference are
@@ -58,7 +58,8 @@ class Matching(nn.Module):
         self.recomputed = len(pair.student.model.layers) - kept_layers if checkpointing else 0
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and its parts (kl, hidden, agreement) for int64 tokens and positions [B, T]."""
+        """Loss and its parts (kl, hidden, agreement, the distance after each layer) for int64 tokens and positions
+        [B, T]."""
         return self.losses(*self.prepare(input_ids, position_ids))
 
     def prepare(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Stream]:
@@ -74,11 +75,11 @@ class Matching(nn.Module):
         # Keys and values that layers below have shared are the same for both streams.
         ours = stream.fork(below=True)
         student_BTD = teacher_BTD
-        distances = []
+        distances: dict[str, Tensor] = {}
         for index in range(first, len(model.layers)):
             teacher_BTD = pair.teacher_layer(index, teacher_BTD, stream)
             student_BTD = run_layer(model, index, student_BTD, ours, recompute=index < self.recomputed)
-            distances.append(relative_distance(student_BTD, teacher_BTD))
+            distances[f"hidden/{index}"] = relative_distance(student_BTD, teacher_BTD)
         with torch.no_grad():
             teacher_BTD = model.norm(teacher_BTD)
         divergence = softcapped_divergence(
@@ -92,8 +93,8 @@ class Matching(nn.Module):
             top_k=self.top_k,
             block=self.block,
         )
-        hidden = torch.stack(distances).mean()
-        parts = {"kl": divergence.kl, "hidden": hidden, "agreement": divergence.agreement}
+        hidden = torch.stack(list(distances.values())).mean()
+        parts = {"kl": divergence.kl, "hidden": hidden, "agreement": divergence.agreement, **distances}
         return divergence.kl + self.alignment_weight * hidden, parts
 
 
@@ -128,3 +129,7 @@ class MatchTask:
 
     def tokens(self, batch: Batch) -> int:
         return batch.inputs.numel()
+
+    def split(self, batch: Batch, parts: int) -> list[Batch]:
+        """The batch as `parts` batches of equally many rows."""
+        return batch.split(parts)

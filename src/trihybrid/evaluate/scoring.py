@@ -25,11 +25,17 @@ class Scores:
     nats_N: float32 (float64 for a float64 model), -log p(target).
     positions_N: int64, restarting position of the token that predicts, from 0.
     comparison: the model as student against the teacher; None when there is no teacher.
+    entropy_N, confidence_N: of the model's own distribution, in nats, and the probability of its first choice; dtype
+        of nats_N.
+    right_N: bool, whether the first choice is the target.
     """
 
     nats_N: Tensor
     positions_N: Tensor
     comparison: Comparison | None
+    entropy_N: Tensor
+    confidence_N: Tensor
+    right_N: Tensor
 
 
 class Meter(Protocol):
@@ -83,7 +89,8 @@ def _score_batch(
     positions_N = batch.positions.flatten()
     for rows_C in kept_N.split(chunk):
         log_student_CV = _log_probabilities(logits_NV, rows_C)
-        nats_C = -log_student_CV.gather(1, targets_N[rows_C].to(logits_NV.device).unsqueeze(1)).squeeze(1)
+        targets_C = targets_N[rows_C].to(logits_NV.device)
+        nats_C = -log_student_CV.gather(1, targets_C.unsqueeze(1)).squeeze(1)
         if not bool(nats_C.isfinite().all()):
             raise ValueError(
                 f"{type(model).__name__} gives a loss that is not finite for {int((~nats_C.isfinite()).sum())} tokens; "
@@ -93,7 +100,11 @@ def _score_batch(
         if teacher_NV is not None:
             log_teacher_CV = _log_probabilities(teacher_NV, rows_C).to(log_student_CV)
             comparison = compare_distributions(log_teacher_CV, log_student_CV)
-        scores = Scores(nats_C, positions_N[rows_C], comparison)
+        log_top_C, choice_C = log_student_CV.max(dim=-1)
+        entropy_C = -(log_student_CV.exp() * log_student_CV).sum(dim=-1)
+        scores = Scores(
+            nats_C, positions_N[rows_C], comparison, entropy_C, log_top_C.exp(), choice_C == targets_C
+        )
         for meter in meters:
             meter.add(scores)
     return len(kept_N)

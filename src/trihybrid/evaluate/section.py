@@ -1,6 +1,34 @@
 """The part of a recipe that says how much is evaluated."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class NeedleSection(BaseModel):
+    """Retrieval of planted pairs from long text; see `evaluate.needle`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    lengths: list[int] = Field(
+        min_length=1, description="Tokens of the contexts, about, as 1, 2, 4 and 8 times the training length."
+    )
+    documents: int = Field(default=64, ge=1, le=65536, description="Documents of each length.")
+    pairs: int = Field(default=2, ge=1, le=26, description="Pairs in a needle.")
+    values: int = Field(default=26, ge=2, le=26, description="Letters of a value: chance is 1 / values.")
+    joiner: Literal["", " "] = Field(default="", description="Between key and value, as in data.recall.")
+    batch_size: int = Field(default=8, ge=1, le=4096, description="Documents at a time.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Decides texts, keys, values and depths.")
+    measured_characters: int = Field(
+        default=100_000, ge=64, description="Characters of validation text that tell how long a token is."
+    )
+
+    @field_validator("lengths")
+    @classmethod
+    def _lengths_fit(cls, lengths: list[int]) -> list[int]:
+        if min(lengths) < 32 or max(lengths) > 1_048_576:
+            raise ValueError(f"lengths are {lengths}; allowed are 32 to 1,048,576 tokens")
+        return lengths
 
 
 class EvaluationSection(BaseModel):
@@ -27,6 +55,9 @@ class EvaluationSection(BaseModel):
         ge=1,
         le=32,
         description="Buckets of the loss by position, each twice as long as the one before.",
+    )
+    needle: NeedleSection | None = Field(
+        default=None, description="Retrieval of a needle from long contexts; null leaves it out."
     )
 
 

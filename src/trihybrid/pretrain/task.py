@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from transformers import Gemma4ForCausalLM
 
-from trihybrid.data.packing import Batch
+from trihybrid.data.packing import IGNORED, Batch
 from trihybrid.ops.divergence import softcapped_cross_entropy
 
 
@@ -17,6 +17,11 @@ class PretrainTask:
 
     def __init__(self, model: Gemma4ForCausalLM, chunk: int = 4096) -> None:
         self.model, self.chunk = model, chunk
+
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+        return self.model
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
@@ -48,3 +53,11 @@ class PretrainTask:
 
     def tokens(self, batch: Batch) -> int:
         return batch.inputs.numel()
+
+    def split(self, batch: Batch, parts: int) -> list[Batch]:
+        """The batch as `parts` batches of equally many rows."""
+        return batch.split(parts)
+
+    def weight(self, batch: Batch) -> float:
+        """The number of its targets: rows with more documents have fewer."""
+        return float((batch.targets != IGNORED).sum())

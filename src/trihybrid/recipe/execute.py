@@ -1,11 +1,13 @@
 """Running a recipe: teacher, surgery, stages, each recorded in the lineage, then measurement.
 
 A phase that the lineage already holds is checked and skipped, so a run that was killed goes on where it stopped.
+Under torchrun all processes train, and the first of them does the rest: it alone writes models, lineage and log.
 """
 
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Gemma4ForCausalLM
 
-from trihybrid.data import PackedBatches, PreparedData, prepare
+from trihybrid.data import Batch, PackedBatches, Prefetch, PreparedData, prepare
 from trihybrid.data.section import load_tokenizer
 from trihybrid.distill.align import AlignTask
 from trihybrid.distill.extend import ExtendTask, Extension
@@ -29,24 +31,29 @@ from trihybrid.recipe.load import dump_recipe, load_conversion
 from trihybrid.recipe.measure import measure
 from trihybrid.recipe.planned import check_shape, teacher_name
 from trihybrid.recipe.schema import NAMES, Recipe, Stage
+from trihybrid.recipe.workers import recipe_workers
 from trihybrid.run import Lineage, RunDirectory, RunLog, hash_folder, hash_json, write_json, write_text
+from trihybrid.run.tracking import Tracker, check_trackers, open_trackers
 from trihybrid.surgery.layout import window_of
 from trihybrid.surgery.operate import operate, read_plan, save_student
 from trihybrid.surgery.plan import make_plan
-from trihybrid.train import Checkpoints, Task, TrainSection, fit
+from trihybrid.train import Checkpoints, Task, TrainSection, Workers, check_division, fit
 
 CALIBRATION_LENGTH = 256
 
 
 @dataclass
 class Run:
-    """One execution of a recipe: its folder, lineage and data, and whether it goes on from an earlier one."""
+    """One execution of a recipe: its folder, lineage and data, whether it goes on from an earlier one, and who works
+    on it."""
 
     recipe: Recipe
     directory: RunDirectory
     lineage: Lineage
     data: PreparedData
     resume: bool
+    workers: Workers
+    trackers: list[Tracker]
 
     def phase(self, name: str, parent: str, sections: Any, make: Callable[[str], None]) -> str:
         """Run `make` unless the lineage already holds the phase; the hash of the model folder that it leaves.
@@ -55,7 +62,7 @@ class Run:
             name: of the phase and its folder.
             parent: hash of the model before it, "" for a teacher.
             sections: what of the recipe decides the phase.
-            make: gets the hash of `sections`, leaves the folder.
+            make: gets the hash of `sections`; called by every worker, leaves the folder on the first.
 
         Raises:
             ValueError: the phase was made with another recipe or from another parent, or its folder was changed.
@@ -74,20 +81,35 @@ class Run:
             return done.output
         began = time.perf_counter()
         make(wanted)
+        self.workers.wait()
         output = hash_folder(folder)
-        self.lineage.append(name, parent, wanted, output, time.perf_counter() - began)
+        if self.workers.first:
+            self.lineage.append(name, parent, wanted, output, time.perf_counter() - began)
         return output
 
     def train(self, name: str, parent: str, stage_hash: str, task: Task, section: TrainSection) -> None:
-        """Train a task to the end of its stage, from its newest checkpoint on."""
-        loop = section.loop
-        batches = PackedBatches(self.data.train, loop.sequence_length, loop.batch_size, loop.seed)
+        """Train a task to the end of its stage, from its newest checkpoint on. Workers take the rows of a step in turn:
+        together they see the same rows, however many they are."""
+        loop, workers = section.loop, self.workers
+        packed = PackedBatches(self.data.train, loop.sequence_length, loop.batch_size, loop.seed)
+
+        def batch(step: int) -> Batch:
+            return packed.batch(step, workers.rank, workers.count)
+
+        def name_batch(step: int) -> str:
+            return packed.name(step, workers.rank, workers.count)
+
         checkpoints = Checkpoints(self.directory.checkpoints(name), stage_hash, parent)
-        with RunLog(self.directory.log, name, every=loop.log_every) as log:
-            fit(task, batches.batch, section, checkpoints, log, resume=self.resume)
+        with ExitStack() as stack:
+            batches = stack.enter_context(Prefetch(batch, device=workers.device))
+            log = None
+            if workers.first:
+                log = RunLog(self.directory.log, name, every=loop.log_every, trackers=self.trackers)
+                stack.enter_context(log)
+            fit(task, batches, section, checkpoints, log, self.resume, workers, name_batch)
 
 
-def execute(recipe: Recipe, folder: str | Path, resume: bool = False) -> list[dict[str, Any]]:
+def execute(recipe: Recipe, folder: str | Path, resume: bool = False) -> list[dict[str, Any]] | None:
     """Run a recipe to its end and measure every model that it makes.
 
     Args:
@@ -96,41 +118,63 @@ def execute(recipe: Recipe, folder: str | Path, resume: bool = False) -> list[di
         resume: go on with what is there.
 
     Returns:
-        The rows of results.json.
+        The rows of results.json; None in the other processes of torchrun.
 
     Raises:
         ValueError: the folder holds something and `resume` is False; the recipe was changed; bad input of any kind.
     """
+    with recipe_workers() as workers, ExitStack() as stack:
+        return _execute(recipe, Path(folder), resume, workers, stack)
+
+
+def _execute(
+    recipe: Recipe, folder: Path, resume: bool, workers: Workers, stack: ExitStack
+) -> list[dict[str, Any]] | None:
     began = time.perf_counter()
-    folder = Path(folder)
-    begun = folder.exists() and any(RunDirectory(folder, create=False).path.iterdir())
-    if begun and not resume:
-        raise ValueError(f"{folder}: not empty; continue with --resume, or name another folder with --out")
+    begun = False
+    if workers.first:
+        begun = folder.exists() and any(RunDirectory(folder, create=False).path.iterdir())
+        if begun and not resume:
+            raise ValueError(
+                f"{folder}: not empty; continue with --resume, or name another folder with --out"
+            )
     # Everything that can be wrong with the input is found before the first file is written.
-    base = check_recipe(recipe)
+    base = check_recipe(recipe, workers.count)
     if begun:
         _refuse_changes(recipe, RunDirectory(folder, create=False))
-    data = _prepare(recipe, base, folder, begun)
+    data = _prepare(recipe, base, folder, begun, workers)
     directory = RunDirectory(folder)
-    run = Run(recipe, directory, Lineage(directory.lineage), data, resume)
-    write_text(directory.recipe, dump_recipe(recipe))
+    trackers = open_trackers(recipe.tracking, folder, recipe.name) if workers.first else []
+    for tracker in trackers:
+        stack.callback(tracker.close)
+    run = Run(recipe, directory, Lineage(directory.lineage), data, resume, workers, trackers)
+    if workers.first:
+        write_text(directory.recipe, dump_recipe(recipe))
+    # Nobody changes the lineage before everybody has read it.
+    workers.wait()
     output = _make_teacher(run)
     output = _operate(run, output)
     names = ["teacher", "operated"]
     for stage in recipe.stages:
         output = _distil(run, stage, names[-1], output)
         names.append(NAMES[stage.kind])
+    if not workers.first:
+        return None
     # Phases that an earlier call made took their time too.
     seconds = max(time.perf_counter() - began, sum(record.seconds for record in run.lineage.records))
-    return measure(recipe, directory, data, names, seconds)
+    return measure(recipe, directory, data, names, seconds, workers.device)
 
 
-def check_recipe(recipe: Recipe) -> TeacherConfig:
+def check_recipe(recipe: Recipe, workers: int = 1) -> TeacherConfig:
     """The teacher's configuration, if teacher, layout and tokenizer go together; writes nothing, reads no text.
 
     Raises:
-        ValueError: a teacher, layout or tokenizer that does not serve.
+        ValueError: a teacher, layout, tokenizer or tracker that does not serve, or a batch that does not divide among
+            so many workers.
     """
+    for section in filter(None, [recipe.teacher.pretrain, *recipe.stages]):
+        check_division(section.loop, workers)
+    check_trackers(recipe.tracking)
     tokenizer = load_tokenizer(recipe.data)
     if recipe.teacher.pretrain is not None:
         base = recipe.teacher.pretrain.configuration(tokenizer.vocab_size)
@@ -174,8 +218,14 @@ def _phases(recipe: Recipe) -> dict[str, Any]:
     return phases
 
 
-def _prepare(recipe: Recipe, base: TeacherConfig, folder: Path, begun: bool) -> PreparedData:
-    """The data of a run. Data that no stage could train on, or that cannot be measured on, leaves no file behind."""
+def _prepare(
+    recipe: Recipe, base: TeacherConfig, folder: Path, begun: bool, workers: Workers
+) -> PreparedData:
+    """The data of a run. The first worker makes it, then the others open it. Data that no stage could train on, or that
+    cannot be measured on, leaves no file behind."""
+    if not workers.first:
+        workers.wait()
+        return prepare(recipe.data, folder / "data", replace=False)
     existed = folder.exists()
     data = prepare(recipe.data, folder / "data", replace=False)
     try:
@@ -192,6 +242,7 @@ def _prepare(recipe: Recipe, base: TeacherConfig, folder: Path, begun: bool) -> 
         if not begun:
             shutil.rmtree(folder / "data" if existed else folder)
         raise
+    workers.wait()
     return data
 
 
@@ -204,13 +255,15 @@ def _make_teacher(run: Run) -> str:
         else:
             torch.manual_seed(section.loop.seed)
             model = Gemma4ForCausalLM(section.configuration(run.data.tokenizer.vocab_size))
+            model.to(run.workers.device)
             run.train("teacher", "", stage_hash, PretrainTask(model, section.chunk), section)
 
         def write(partial: Path) -> None:
             model.save_pretrained(partial)
             run.data.tokenizer.save(partial)
 
-        save_folder(run.directory.model("teacher"), write)
+        if run.workers.first:
+            save_folder(run.directory.model("teacher"), write)
 
     sections = (
         hash_folder(str(run.recipe.teacher.folder)) if section is None else section.model_dump(mode="json")
@@ -222,6 +275,8 @@ def _operate(run: Run, parent: str) -> str:
     section = run.recipe.surgery
 
     def make(stage_hash: str) -> None:
+        if not run.workers.first:
+            return
         teacher = load_teacher(run.directory.model("teacher"))
         plan = make_plan(teacher.config, section, teacher_name(run.recipe))
         write_json(run.directory.plan, plan)
@@ -245,8 +300,9 @@ def _distil(run: Run, stage: Stage, before: str, parent: str) -> str:
     def make(stage_hash: str) -> None:
         student = load_student(run.directory.model(before))
         run.train(name, parent, stage_hash, _task(run, stage, student), stage)
-        plan = read_plan(run.directory.model(before))
-        save_student(student, plan, run.directory.model(name), run.data.tokenizer.save)
+        if run.workers.first:
+            plan = read_plan(run.directory.model(before))
+            save_student(student, plan, run.directory.model(name), run.data.tokenizer.save)
 
     return run.phase(name, parent, stage.model_dump(mode="json"), make)
 
@@ -254,8 +310,8 @@ def _distil(run: Run, stage: Stage, before: str, parent: str) -> str:
 def _task(run: Run, stage: Stage, student: HybridForCausalLM) -> Task:
     if isinstance(stage, ExtendSection) and stage.loss == "cross_entropy":
         sizes = (stage.chunk, stage.block, stage.checkpointing, stage.kept_layers)
-        return ExtendTask(Extension(student, stage.train, *sizes))
-    pair = Pair(student, load_teacher(run.directory.model("teacher")), stage.train)
+        return ExtendTask(Extension(student, stage.train, *sizes).to(run.workers.device))
+    pair = Pair(student, load_teacher(run.directory.model("teacher")), stage.train).to(run.workers.device)
     if isinstance(stage, AlignSection):
         return AlignTask(pair, stage.checkpointing)
     if isinstance(stage, ExtendSection):
@@ -264,7 +320,7 @@ def _task(run: Run, stage: Stage, student: HybridForCausalLM) -> Task:
     if stage.vocabulary == "training":
         allowed = torch.unique(
             torch.from_numpy(run.data.train.tokens(0, len(run.data.train)).astype("int64"))
-        )
+        ).to(run.workers.device)
     matching = Matching(
         pair,
         stage.temperature,

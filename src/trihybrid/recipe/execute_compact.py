@@ -26,7 +26,8 @@ from trihybrid.pretrain.compact import training_span
 from trihybrid.recipe.artifact import FORMAT, LoadedArtifact, load_artifact, tokenizer_kind
 from trihybrid.recipe.compact import CompactRecipe, config_hash
 from trihybrid.recipe.measure_compact import Results, count_parameters, measure, missed_targets
-from trihybrid.recipe.train_compact import Run, compact_workers, decides_training, trained
+from trihybrid.recipe.train_compact import Run, decides_training, trained
+from trihybrid.recipe.workers import recipe_workers
 from trihybrid.run import (
     hash_file,
     hash_folder,
@@ -63,7 +64,7 @@ def execute_compact(
             made to fit; bad input of any kind.
         FloatingPointError: training diverged.
     """
-    with compact_workers() as workers:
+    with recipe_workers() as workers:
         began = time.perf_counter()
         run, summary = trained(recipe, Path(folder), resume, workers)
         return _finish(run, summary, code_bytes, began, workers) if workers.first else None

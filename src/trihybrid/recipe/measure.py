@@ -20,19 +20,25 @@ Row = dict[str, Any]
 
 
 def measure(
-    recipe: Recipe, directory: RunDirectory, data: PreparedData, names: list[str], seconds: float
+    recipe: Recipe,
+    directory: RunDirectory,
+    data: PreparedData,
+    names: list[str],
+    seconds: float,
+    device: torch.device,
 ) -> list[Row]:
-    """Evaluate the models `names` (the teacher first), write samples of the first and the last, and the summary.
+    """Evaluate the models `names` (the teacher first) on `device`, write samples of the first and the last, and the
+    summary.
 
     Returns:
         The rows of results.json: {"stage", "bpb", "raw_bpb", "kl", "agreement", "recall", ...}.
     """
-    teacher = load_model(directory.model("teacher"))
+    teacher = load_model(directory.model("teacher")).to(device)
     window = window_of(teacher.config, recipe.surgery)
     rows: list[Row] = []
     samples = []
     for name in names:
-        model = teacher if name == "teacher" else load_model(directory.model(name))
+        model = teacher if name == "teacher" else load_model(directory.model(name)).to(device)
         rows.append({"stage": name, **evaluate(model, teacher, data, recipe.evaluation, window)})
         if name in (names[0], names[-1]):
             section = recipe.samples

@@ -9,6 +9,7 @@ from trihybrid.distill.section import AlignSection, ExtendSection, MatchSection
 from trihybrid.evaluate.section import EvaluationSection
 from trihybrid.infer.section import SamplesSection
 from trihybrid.pretrain.section import PretrainSection
+from trihybrid.run.section import TrackingSection
 from trihybrid.surgery.section import SurgerySection
 
 Stage = Annotated[AlignSection | MatchSection | ExtendSection, Field(discriminator="kind")]
@@ -70,6 +71,9 @@ class Recipe(BaseModel):
     stages: list[Stage] = Field(description="distillation, in order")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="what is measured")
     samples: SamplesSection = Field(default_factory=SamplesSection, description="generated text")
+    tracking: TrackingSection = Field(
+        default_factory=TrackingSection, description="trackers that show the training beside the log"
+    )
     targets: TargetsSection = Field(default_factory=TargetsSection, description="what the run promises")
 
     @model_validator(mode="after")

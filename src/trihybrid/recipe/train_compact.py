@@ -6,15 +6,13 @@ A run that was killed goes on where it stopped and ends with the same bytes.
 import os
 import platform
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import is_torchelastic_launched
 
 from trihybrid.data.corpus import Corpus, prepare_corpus
 from trihybrid.data.packing import Batch, PackedBatches
@@ -26,10 +24,11 @@ from trihybrid.recipe.artifact import compute_dtype
 from trihybrid.recipe.compact import CompactRecipe, config_hash, read_compact
 from trihybrid.recipe.fields import dump_recipe
 from trihybrid.recipe.measure_compact import count_parameters
+from trihybrid.recipe.workers import recipe_workers
 from trihybrid.run import Lineage, RunDirectory, RunLog, hash_json, read_log, write_text
 from trihybrid.run.code import code_hash
 from trihybrid.train import Checkpoints, FitSummary, fit
-from trihybrid.train.distributed import Workers, process_group
+from trihybrid.train.distributed import Workers
 
 STAGE = "train"
 BYTES_A_PROCESS = 2**25
@@ -55,19 +54,8 @@ def train_compact(recipe: CompactRecipe, folder: str | Path, resume: bool = Fals
     Raises:
         ValueError, FloatingPointError: as `execute_compact`.
     """
-    with compact_workers() as workers:
+    with recipe_workers() as workers:
         return trained(recipe, Path(folder), resume, workers)[1]
-
-
-@contextmanager
-def compact_workers() -> Iterator[Workers]:
-    """This process alone, or all that torchrun launched."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not is_torchelastic_launched():
-        yield Workers(device=torch.device(device))
-        return
-    with process_group(device) as workers:
-        yield workers
 
 
 def trained(recipe: CompactRecipe, folder: Path, resume: bool, workers: Workers) -> tuple[Run, FitSummary]:
@@ -177,6 +165,9 @@ def _train(run: Run, resume: bool, workers: Workers) -> FitSummary:
     def batch(step: int) -> Batch:
         return packed.batch(step, workers.rank, workers.count)
 
+    def name_batch(step: int) -> str:
+        return packed.name(step, workers.rank, workers.count)
+
     task = CompactTask(run.model, section)
     with ExitStack() as stack:
         batches = stack.enter_context(Prefetch(batch, device=workers.device))
@@ -184,7 +175,7 @@ def _train(run: Run, resume: bool, workers: Workers) -> FitSummary:
         if workers.first:
             log = stack.enter_context(RunLog(run.directory.log, STAGE, every=loop.log_every))
             _begin_log(run, log, workers)
-        summary = fit(task, batches, section, checkpoints, log, resume, workers)
+        summary = fit(task, batches, section, checkpoints, log, resume, workers, name_batch)
     run.model.set_quantisation(False)
     return summary
 

@@ -17,7 +17,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from trihybrid.run.directory import write_text
+from trihybrid.run.tracking import Tracker, finite_numbers
 
 _logger = logging.getLogger(__name__)
 
@@ -68,17 +69,26 @@ class RunLog:
             least 1).
         stream: where progress goes, standard error by default; a terminal gets a bar, anything else plain
             lines.
+        trackers: get the numbers of each train row too; whoever opened them closes them.
 
     Raises:
         ValueError: `every` is below 1.
     """
 
-    def __init__(self, path: str | Path, stage: str, every: int = 1, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        stage: str,
+        every: int = 1,
+        stream: TextIO | None = None,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
         if every < 1:
             raise ValueError(f"every: {every} is below 1; give the number of steps between printed lines")
         self.path = Path(path)
         self.stage = stage
         self._every = every
+        self._trackers = trackers
         self._stream = sys.stderr if stream is None else stream
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
@@ -131,6 +141,10 @@ class RunLog:
             "memory_bytes": memory_bytes(),
         }
         self._append(row, record.metrics)
+        for tracker in self._trackers:
+            tracker.numbers(
+                self.stage, record.step, finite_numbers({**row, **record.metrics} | {"step": None})
+            )
         self._show(record, row["memory_bytes"])
 
     def event(self, kind: str, fields: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from trihybrid.train.average import Average
 from trihybrid.train.checkpoint import Checkpoints, Progress
 from trihybrid.train.distributed import ALONE, Workers, process_group
-from trihybrid.train.loop import FitSummary, fit
+from trihybrid.train.loop import FitSummary, check_division, fit
 from trihybrid.train.optim import DEFAULT_MULTIPLIERS, ROLES, Optimizers, build_optimizer
 from trihybrid.train.schedule import factor
 from trihybrid.train.section import (
@@ -15,7 +15,7 @@ from trihybrid.train.section import (
     ScheduleSection,
     TrainSection,
 )
-from trihybrid.train.task import FollowsProgress, SplitsBatches, Task
+from trihybrid.train.task import FollowsProgress, HasModule, SplitsBatches, Task, Weighs
 
 __all__ = [
     "ALONE",
@@ -26,6 +26,7 @@ __all__ = [
     "Checkpoints",
     "FitSummary",
     "FollowsProgress",
+    "HasModule",
     "LoopSection",
     "MuonSection",
     "OptimizerSection",
@@ -36,8 +37,10 @@ __all__ = [
     "SplitsBatches",
     "Task",
     "TrainSection",
+    "Weighs",
     "Workers",
     "build_optimizer",
+    "check_division",
     "factor",
     "fit",
     "process_group",

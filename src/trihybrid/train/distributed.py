@@ -74,6 +74,14 @@ class Workers:
         dist.all_gather_into_tensor(whole, share_N.contiguous())
         return whole
 
+    def total(self, value: float) -> float:
+        """The sum over the workers of a number on the CPU; the GPU is not waited for."""
+        if self.count == 1:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(shared)
+        return shared.item()
+
     def first_value(self, value: float) -> float:
         """The first worker's value of a number on the CPU; the GPU is not waited for."""
         if self.count == 1:

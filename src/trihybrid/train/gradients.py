@@ -5,10 +5,13 @@ Legend: P parameters.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 class GradientNorms:
@@ -101,6 +104,21 @@ def check_finite(step: int, loss: float, norm: float, names: Iterable[str], each
         f"gradients that are not finite: {some_names(blamed)}; "
         "lower the learning rate or look at this step's batch, and resume from the last checkpoint"
     )
+
+
+def layer_norms(names: Iterable[str], each_P: Tensor) -> dict[str, float]:
+    """The norm of the gradient of each numbered layer, by the number behind "layers." in its parameters' names.
+
+    Args:
+        names, each_P: the parameters with a gradient, and the norms of these, on the CPU.
+    """
+    squares: dict[int, float] = {}
+    for name, norm in zip(names, each_P.tolist(), strict=True):
+        match = _LAYER.search(name)
+        if match:
+            layer = int(match[1])
+            squares[layer] = squares.get(layer, 0.0) + norm**2
+    return {f"gradient/{layer}": math.sqrt(square) for layer, square in sorted(squares.items())}
 
 
 def some_names(names: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ from trihybrid.train.average import Average
 from trihybrid.train.checkpoint import Checkpoints, Progress
 from trihybrid.train.distributed import ALONE, Workers
 from trihybrid.train.optim import Optimizers, build_optimizer
-from trihybrid.train.section import TrainSection
+from trihybrid.train.section import LoopSection, TrainSection
 from trihybrid.train.stage import Stage
 from trihybrid.train.task import FollowsProgress, SplitsBatches, Task
 
@@ -46,6 +46,10 @@ class FitSummary:
     averaged: bool = False
 
 
+def _step_name(step: int) -> str:
+    return f"of step {step}"
+
+
 def fit(
     task: Task,
     batches: Callable[[int], Any],
@@ -54,6 +58,7 @@ def fit(
     log: RunLog | None,
     resume: bool,
     workers: Workers = ALONE,
+    name_batch: Callable[[int], str] = _step_name,
 ) -> FitSummary:
     """Train to the end of the stage.
 
@@ -66,6 +71,7 @@ def fit(
         log: gets a row a step from the first worker; None for no log, as on the others.
         resume: go on from the newest checkpoint, where there is one. False begins at step 0.
         workers: the processes that train together; each calls this function.
+        name_batch: step -> what its batch is called where it has to be named.
 
     Returns:
         The summary. A stage that was finished already is restored from its checkpoint and not trained again. With
@@ -74,8 +80,8 @@ def fit(
     Raises:
         ValueError: `resume` is False and there are checkpoints; a checkpoint does not fit; parameters or
             roles are wrong; the loss is no differentiable scalar; the batch does not divide into the parts asked for.
-        FloatingPointError: loss, gradient or updated parameters are not finite; names the step and the
-            parameters. The checkpoints made before stay.
+        FloatingPointError: loss, gradient or updated parameters are not finite; names the step, its batch, the
+            parameters and, where the task has a module, the layer. The checkpoints made before stay.
     """
     loop = section.loop
     _check_parts(task, section, workers)
@@ -95,7 +101,7 @@ def fit(
         if progress.step > 0:
             log.event("resume", {"from_step": progress.step})
     if not progress.finished and progress.step < loop.steps:
-        stage = Stage(task, batches, section, parameters, optimizers, average, workers)
+        stage = Stage(task, batches, section, parameters, optimizers, average, workers, name_batch)
         progress = stage.run(progress, checkpoints, log)
     if isinstance(task, FollowsProgress):
         task.at(1.0, progress.step)
@@ -110,17 +116,26 @@ def fit(
     return FitSummary(progress.step, progress.loss, progress.tokens, progress.seconds, averaged)
 
 
+def check_division(loop: LoopSection, workers: int) -> None:
+    """See that a batch divides into equal parts.
+
+    Raises:
+        ValueError: `batch_size` is no multiple of `accumulate` times the number of workers.
+    """
+    if loop.batch_size % (loop.accumulate * workers):
+        raise ValueError(
+            f"loop.batch_size: {loop.batch_size} does not divide into {loop.accumulate} parts for each of "
+            f"{workers} workers; give a multiple of {loop.accumulate * workers}"
+        )
+
+
 def _check_parts(task: Task, section: TrainSection, workers: Workers) -> None:
     loop = section.loop
     if loop.accumulate > 1 and not isinstance(task, SplitsBatches):
         raise ValueError(
             f"loop.accumulate: {loop.accumulate}, but {type(task).__name__} cannot split a batch; give 1"
         )
-    if loop.batch_size % (loop.accumulate * workers.count):
-        raise ValueError(
-            f"loop.batch_size: {loop.batch_size} does not divide into {loop.accumulate} parts for each of "
-            f"{workers.count} workers; give a multiple of {loop.accumulate * workers.count}"
-        )
+    check_division(loop, workers.count)
 
 
 def _begin(

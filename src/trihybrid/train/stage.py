@@ -5,7 +5,7 @@ step runs, and before anything is saved.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from trihybrid.run.log import RunLog, StepRecord
 from trihybrid.train.average import Average
+from trihybrid.train.blame import first_not_finite
 from trihybrid.train.checkpoint import Checkpoints, Progress, random_state, restore_random_state
 from trihybrid.train.clock import Clock, Moment
 from trihybrid.train.distributed import Workers
-from trihybrid.train.gradients import GradientNorms, Readback, check_finite, some_names
+from trihybrid.train.gradients import GradientNorms, Readback, check_finite, layer_norms, some_names
 from trihybrid.train.optim import Optimizers
 from trihybrid.train.schedule import momentum
 from trihybrid.train.section import TrainSection
-from trihybrid.train.task import Differentiates, FollowsProgress, SplitsBatches, Task
+from trihybrid.train.task import Differentiates, FollowsProgress, HasModule, SplitsBatches, Task, Weighs
 
 _logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Stage:
     """The steps of a stage, from where it is to its end.
 
     Args:
-        task, batches, section, workers: as `fit` has them.
+        task, batches, section, workers, name_batch: as `fit` has them.
         parameters: the task's, at the start of this session.
         optimizers, average: of these parameters; no average is kept if None.
     """
@@ -55,8 +56,10 @@ class Stage:
         optimizers: Optimizers,
         average: Average | None,
         workers: Workers,
+        name_batch: Callable[[int], str],
     ) -> None:
         self.task, self.batches, self.section = task, batches, section
+        self.name_batch = name_batch
         self.parameters, self.optimizers, self.average = parameters, optimizers, average
         self.workers = workers
         self.on_gpu = any(parameter.is_cuda for parameter in parameters.values())
@@ -112,7 +115,7 @@ class Stage:
             }
         )
         if not self.on_gpu:
-            _check(step, norms.names, numbers)
+            self._check(step, norms.names, numbers)
         norms.clip(section.optimizer.gradient_clip)
         self.optimizers.step()
         if self.average is not None:
@@ -123,17 +126,13 @@ class Stage:
 
     def _gradients(self, batch: Any, step: int) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """Leave the gradient of the mean over all parts and workers in the parameters; that mean of the loss, and of
-        each metric.
+        each metric. Parts count alike, unless the task weighs them.
         """
         self.optimizers.zero_grad()
-        count = self.section.loop.accumulate
-        if count == 1:
-            loss, metrics = self._backward(batch, step, 1)
-        else:
-            assert isinstance(self.task, SplitsBatches)
-            found = [self._backward(part, step, count) for part in self.task.split(batch, count)]
-            loss = torch.stack([loss for loss, _ in found]).mean()
-            metrics = {name: sum(numbers[name] for _, numbers in found) / count for name in found[0][1]}
+        parts = self._parts(batch)
+        shares = self._shares(parts)
+        found = [self._backward(part, step, share) for part, share in zip(parts, shares, strict=True)]
+        loss, metrics = found[0] if shares == [1.0] else _mean(found, shares)
         if self.workers.count == 1:
             return loss, metrics
         self._compare_gradients()
@@ -142,13 +141,29 @@ class Stage:
         self.workers.average([*gradients, *shared])
         return shared[0], dict(zip(metrics, shared[1:], strict=True))
 
-    def _backward(self, part: Any, step: int, count: int) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+    def _parts(self, batch: Any) -> Sequence[Any]:
+        count = self.section.loop.accumulate
+        if count == 1:
+            return [batch]
+        assert isinstance(self.task, SplitsBatches)
+        return self.task.split(batch, count)
+
+    def _shares(self, parts: Sequence[Any]) -> list[float]:
+        """What the gradient of each part is multiplied with before the mean over the workers: they sum to 1 on average
+        over the workers."""
+        if not isinstance(self.task, Weighs) or len(parts) * self.workers.count == 1:
+            return [1 / len(parts)] * len(parts)
+        weights = [self.task.weight(part) for part in parts]
+        whole = self.workers.total(sum(weights)) / self.workers.count
+        return [weight / whole for weight in weights]
+
+    def _backward(self, part: Any, step: int, share: float) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """Add a part's share of the gradient to the parameters; its loss and metrics, without graphs."""
         if isinstance(self.task, Differentiates):
-            return self.task.differentiate(part, 1 / count)
+            return self.task.differentiate(part, share)
         loss, metrics = self.task.loss(part)
         _check_loss(loss, step)
-        (loss if count == 1 else loss / count).backward()
+        (loss if share == 1 else share * loss).backward()
         detached = {
             name: value.detach() if isinstance(value, Tensor) else value for name, value in metrics.items()
         }
@@ -165,7 +180,7 @@ class Stage:
 
     def _record(self, done: _Done, moment: Moment) -> None:
         """Check and log a step that was made."""
-        numbers = _check(done.step, done.names, done.numbers)
+        numbers = self._check(done.step, done.names, done.numbers)
         seconds = self.clock.elapsed()
         tokens = self.progress.tokens + done.tokens
         self.progress = Progress(done.step + 1, numbers["loss"].item(), tokens, seconds)
@@ -184,10 +199,41 @@ class Stage:
                         name.removeprefix("metric."): number.item()
                         for name, number in numbers.items()
                         if name.startswith("metric.")
-                    },
+                    }
+                    | layer_norms(done.names, numbers["norms"]),
                 )
             )
         self.marked = seconds
+
+    def _check(self, step: int, names: list[str], numbers: Readback) -> dict[str, Tensor]:
+        """The numbers of a step, if they are finite; else the error says where they stopped being so."""
+        read = numbers.read()
+        try:
+            check_finite(step, read["loss"].item(), read["norm"].item(), names, read["norms"])
+        except FloatingPointError as error:
+            broken = [
+                name.removeprefix("metric.") for name, value in read.items() if not value.isfinite().all()
+            ]
+            metrics = [name for name in broken if name not in ("loss", "norm", "norms")]
+            where = {"batch": self.name_batch(step), "layer": self._layer(step), "metrics": metrics}
+            if self.log is not None:
+                self.log.event("not_finite", {"step": step, **where})
+            raise FloatingPointError(
+                f"{error}; batch: {where['batch']}; layer: {where['layer']}; metrics that are not finite: "
+                f"{some_names(metrics)}"
+            ) from None
+        return read
+
+    def _layer(self, step: int) -> str:
+        """Where this worker's share of a step stops being finite, as far as that can still be seen."""
+        if not isinstance(self.task, HasModule):
+            return "not looked for"
+        if not all(torch.isfinite(parameter).all() for parameter in self.parameters.values()):
+            # On a GPU a step is checked while the next one runs.
+            return "not to be told any more, the update has gone into the parameters"
+        task, parts = self.task, self._parts(self.batches(step))
+        found = first_not_finite(task.module, lambda: [self.task.loss(part) for part in parts])
+        return found or f"none in the forward pass of worker {self.workers.rank}, so in the backward pass"
 
     def _save(self, moment: Moment, checkpoints: Checkpoints) -> None:
         _check_parameters(self.parameters, moment.step - 1)
@@ -230,10 +276,16 @@ class Stage:
         _logger.info("warmed up with %d steps, and undid them", runs)
 
 
-def _check(step: int, names: list[str], numbers: Readback) -> dict[str, Tensor]:
-    read = numbers.read()
-    check_finite(step, read["loss"].item(), read["norm"].item(), names, read["norms"])
-    return read
+def _mean(
+    found: Sequence[tuple[Tensor, Mapping[str, Tensor | float]]], shares: Sequence[float]
+) -> tuple[Tensor, dict[str, Tensor | float]]:
+    """The weighted sum of the parts' losses, and that of each metric."""
+    loss = sum(share * loss for (loss, _), share in zip(found, shares, strict=True))
+    assert isinstance(loss, Tensor)
+    return loss, {
+        name: sum(share * numbers[name] for (_, numbers), share in zip(found, shares, strict=True))
+        for name in found[0][1]
+    }
 
 
 def _check_loss(loss: Tensor, step: int) -> None:

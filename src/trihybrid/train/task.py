@@ -1,8 +1,8 @@
 """The task: all that a training loop needs to know of what it trains.
 
 The loop gets an opaque batch from a function of the step and hands it to the task, which knows the model, the
-data and the losses. What a task may do besides, it shows by having the method: `SplitsBatches`, `FollowsProgress`,
-`Differentiates`.
+data and the losses. What a task may do besides, it shows by having the method: `SplitsBatches`, `Weighs`,
+`FollowsProgress`, `Differentiates`, `HasModule`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,9 +40,18 @@ class SplitsBatches(Protocol):
     """A task whose batches can be cut, for accumulation and for several workers."""
 
     def split(self, batch: Any, parts: int) -> Sequence[Any]:
-        """Cut a batch into `parts` batches in order that count alike: the mean of their losses is the loss of the
-        whole, up to rounding. A batch that cannot be cut so is a ValueError.
+        """Cut a batch into `parts` batches in order: the mean of their losses, weighted where the task weighs them, is
+        the loss of the whole, up to rounding. A batch that cannot be cut so is a ValueError.
         """
+        ...
+
+
+@runtime_checkable
+class Weighs(Protocol):
+    """A task whose parts of a batch do not all count alike, as where some tokens are no targets."""
+
+    def weight(self, batch: Any) -> float:
+        """What a batch counts in the mean over parts and workers, above 0; known before its loss."""
         ...
 
 
@@ -66,4 +75,14 @@ class Differentiates(Protocol):
         """Add `share` times the gradient of the batch's loss to the gradients of the parameters. What `loss` returns,
         without gradient graphs.
         """
+        ...
+
+
+@runtime_checkable
+class HasModule(Protocol):
+    """A task whose loss is the work of one module, in which a number that is not finite can be looked for."""
+
+    @property
+    def module(self) -> nn.Module:
+        """All that `loss` runs."""
         ...
