@@ -17,7 +17,7 @@ def build_section(gate: str = "unit", start: str = "fresh", **fields: Any) -> Su
     return SurgerySection(
         rwkv7=Rwkv7Section(head_dim=16, decay_rank=6, iclr_rank=5, gate_rank=7, gate=gate),
         tica=TicaSection(heads=4, kv_heads=2, head_dim=8, gate_rank=3, start=start),
-        **fields,
+        **({"calibration_tokens": 256} | fields),
     )
 
 

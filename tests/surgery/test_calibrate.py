@@ -8,7 +8,7 @@ def test_records_are_what_the_attention_sees_and_says(make_teacher, calibration)
     teacher = make_teacher()
     tokens_BT, positions_BT = calibration
     blocks = [(tokens_BT[:1], positions_BT[:1]), (tokens_BT[1:], positions_BT[1:])]
-    records = record_layers(teacher, blocks, [2, 8])
+    records = record_layers(teacher.model, blocks, [2, 8])
     assert {index: [x.shape for x in record.inputs] for index, record in records.items()} == {
         2: [(1, 40, 32)] * 2,
         8: [(1, 40, 32)] * 2,
@@ -30,12 +30,12 @@ def test_records_are_what_the_attention_sees_and_says(make_teacher, calibration)
 
 def test_recording_leaves_no_hooks_and_the_mode_as_it_was(make_teacher, calibration) -> None:
     teacher = make_teacher().train()
-    record_layers(teacher, [calibration], [5])
+    record_layers(teacher.model, [calibration], [5])
     assert teacher.training
     assert not any(module._forward_hooks for module in teacher.modules())
-    teacher.model.layers[8].mlp.register_forward_hook(_fail)
+    teacher.model.layers[3].mlp.register_forward_hook(_fail)
     try:
-        record_layers(teacher, [calibration], [5])
+        record_layers(teacher.model, [calibration], [5])
     except RuntimeError:
         pass
     else:

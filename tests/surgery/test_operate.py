@@ -136,7 +136,7 @@ def test_every_choice_runs_and_loads_to_the_bit(
 @pytest.mark.parametrize("keys", ["copy", "ridge", "share"])
 def test_slot_outputs_have_the_rms_of_the_teachers_attention(make, teacher, calibration, keys, gate) -> None:
     student = make(donor_keys_values=keys, gate=gate)
-    records = record_layers(teacher, [calibration], CONVERTED)
+    records = record_layers(teacher.model, [calibration], CONVERTED)
     shared, span = Shared(), packed(calibration[1])
     for index in CONVERTED:
         slot = student.model.layers[index].self_attn
@@ -148,7 +148,7 @@ def test_slot_outputs_have_the_rms_of_the_teachers_attention(make, teacher, cali
 @pytest.mark.parametrize("keys", ["copy", "ridge"])
 def test_values_have_rms_one_as_behind_the_teachers_norm(make, teacher, calibration, keys) -> None:
     student = make(donor_keys_values=keys)
-    records = record_layers(teacher, [calibration], CONVERTED)
+    records = record_layers(teacher.model, [calibration], CONVERTED)
     for index in CONVERTED:
         value = student.model.layers[index].self_attn.rwkv7.value.weight
         assert rms((records[index].inputs[0] @ value.T).detach()) == pytest.approx(1.0, rel=1e-4)
@@ -280,7 +280,7 @@ def test_ridge_regression_is_nearer_the_donor_than_the_copy(teacher, make_sectio
         (torch.randint(3, 97, (12, 40), generator=generator), calibration[1][:1].expand(12, -1))
         for _ in range(2)
     )
-    records = record_layers(teacher, [held_out], [5, 8])
+    records = record_layers(teacher.model, [held_out], [5, 8])
     lender = teacher.model.layers[5].self_attn
     target = (records[5].inputs[0] @ lender.v_proj.weight.T).flatten()
     likeness = {}

@@ -71,6 +71,9 @@ class Tokenizer:
             put BOS first, one that does replaces it.
         bos, eos, pad: its special tokens, as text.
 
+    Attributes:
+        begins: whether the tokenizer put BOS first by itself.
+
     Raises:
         ValueError: if one of the three is not in the vocabulary.
     """
@@ -90,10 +93,9 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = False
-        if backend.encode("a", add_special_tokens=True).ids[0] != self.bos_id:
-            backend.post_processor = processors.TemplateProcessing(
-                single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, self.bos_id)]
-            )
+        self.begins = backend.encode("a", add_special_tokens=True).ids[0] == self.bos_id
+        if not self.begins:
+            backend.post_processor = self.beginning()
         backend.encode_special_tokens = True  # "<eos>" written in a text is five ordinary characters
 
     @classmethod
@@ -143,6 +145,13 @@ class Tokenizer:
             token = names.get(role) or default
             found[role] = token["content"] if isinstance(token, dict) else token
         return cls(backend, found["bos_token"], found["eos_token"], found["pad_token"])
+
+    def beginning(self) -> processors.TemplateProcessing:
+        """The post-processor that puts BOS before every text."""
+        bos = self._specials["bos_token"]
+        return processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, self.bos_id)]
+        )
 
     @cached_property
     def vocab_size(self) -> int:

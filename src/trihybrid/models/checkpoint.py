@@ -1,48 +1,106 @@
 """Model folders: written whole or not at all, and checked before they are read.
 
-A folder that we write holds, beside transformers' own files, `trihybrid.json`: size and sha256 of every file in it.
+A folder that we write holds, beside transformers' own files, `trihybrid.json`: size and digest of every file in it.
 """
 
-import hashlib
+import errno
 import json
+import logging
+import os
 import shutil
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Gemma4ForCausalLM, Gemma4UnifiedTextConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma4ForCausalLM, GenerationConfig, PreTrainedModel
 
+from trihybrid.models.digest import check_entry, file_entry, matches
 from trihybrid.models.gemma4 import TrihybridGemma4Config, register
-from trihybrid.models.shapes import CLASSES, TeacherConfig, load_shape
+from trihybrid.models.published import (
+    MULTIMODAL_TYPE,
+    TEACHER_TYPE,
+    PublishedTeacher,
+    open_published,
+    text_config,
+)
+from trihybrid.models.shapes import TeacherConfig, load_shape
+from trihybrid.models.tensor_files import DTYPES, read_header, weight_files
 
 MANIFEST = "trihybrid.json"
-TEACHER_TYPE = "gemma4_text"
+FORMAT = 2
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_logger = logging.getLogger(__name__)
 
 
-def save_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
+@dataclass(frozen=True)
+class Written:
+    """What a writer of a folder can say of it.
+
+    Attributes:
+        entries: manifest entries of files that it hashed while it wrote and synced them; the others are read again.
+        facts: what the manifest shall hold beside its own fields.
+    """
+
+    entries: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save_folder(folder: str | Path, write: Callable[[Path], Written | None]) -> None:
     """Let `write` fill a temporary folder beside `folder`, add the manifest, and put it in place.
 
-    An exception in `write` leaves the old folder as it was. A kill leaves the old folder or the new one whole, and at
-    worst folders whose names end in `.partial`, which nothing reads and the next call removes. (Between two renames the
-    old one is `.old.partial` and the new one `.partial`, both whole.)
+    An exception in `write` leaves the old folder as it was and nothing else. A kill or a power failure leaves the old
+    folder or the new one whole, and at worst folders whose names end in `.partial`, which nothing reads and the next
+    call removes. (Between two renames the old one is `.old.partial` and the new one `.partial`, both whole.)
+
+    Raises:
+        ValueError: the disk is full, or takes no file of that size.
     """
     folder = Path(folder)
     partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old.partial")
     for left in (partial, old):
         shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
-    write(partial)
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(partial.iterdir())
-    }
-    (partial / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=2) + "\n")
+    try:
+        _add_manifest(partial, write(partial) or Written())
+    except BaseException as error:
+        shutil.rmtree(partial)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise ValueError(
+                f"{folder}: {os.strerror(error.errno)} while it was written; nothing of it is left; free space, or "
+                "name a folder on another disk"
+            ) from error
+        raise
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
+    _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _add_manifest(partial: Path, written: Written) -> None:
+    files = {}
+    for path in sorted(path for path in partial.rglob("*") if path.is_file()):
+        name = path.relative_to(partial).as_posix()
+        if name in written.entries:
+            files[name] = written.entries[name]
+        else:
+            _sync(path)
+            files[name] = file_entry(path)
+    manifest = partial / MANIFEST
+    manifest.write_text(json.dumps({"format": FORMAT, "files": files, **written.facts}, indent=2) + "\n")
+    for path in (manifest, *(path for path in partial.rglob("*") if path.is_dir()), partial):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_folder(folder: str | Path) -> dict[str, Any]:
@@ -56,40 +114,52 @@ def check_folder(folder: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such model folder; give a folder with config.json and *.safetensors")
     config = _read_config(folder)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ValueError(f"{folder}: no *.safetensors; weights in other formats are not read")
-    for path in weights:
-        _check_safetensors(path)
+    for path in weight_files(folder):
+        read_header(path)
     if (folder / MANIFEST).exists():
         for name, wanted in _read_manifest(folder / MANIFEST).items():
             _check_file(folder / name, wanted)
     return config
 
 
+def open_teacher(folder: str | Path) -> PublishedTeacher:
+    """A teacher's folder, checked, its weights left on the disk.
+
+    Raises:
+        ValueError: see `check_folder` and `open_published`.
+    """
+    return open_published(Path(folder), check_folder(folder))
+
+
 def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """A teacher or student from a folder, checked first.
+    """A teacher or student from a folder, checked first. Of a multimodal teacher the text model.
+
+    Tensors that the model has no place for are named in one line of the log.
 
     Raises:
         ValueError: see `check_folder`; a model type that we do not know; tensors that are missing or do not fit.
     """
     register()
+    folder = Path(folder)
     config = check_folder(folder)
-    known = (TEACHER_TYPE, TrihybridGemma4Config.model_type)
+    known = (TEACHER_TYPE, MULTIMODAL_TYPE, TrihybridGemma4Config.model_type)
     if config.get("model_type") not in known:
         raise ValueError(
-            f'{folder}: model_type is "{config.get("model_type")}"; this version reads {" and ".join(known)} '
-            "(a text-only Gemma-4 and its converted students)"
+            f'{folder}: model_type is "{config.get("model_type")}"; this version reads {", ".join(known)} '
+            "(a Gemma-4, of which the text model is read, and its converted students)"
         )
-    try:
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "output_loading_info": True,
+        "local_files_only": True,
         # Ignored there, so that the error below can name the tensors.
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            output_loading_info=True,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,
-        )
+        "ignore_mismatched_sizes": True,
+    }
+    try:
+        if config["model_type"] == MULTIMODAL_TYPE:
+            model, info = _load_text_model(open_published(folder, config), options)
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(str(folder), **options)
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{folder}: {str(error).splitlines()[0]}") from error
     missing = sorted(info["missing_keys"])
@@ -100,7 +170,25 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrai
         raise ValueError(
             f"{folder}: {len(missing)} tensors are missing or have another shape, first {missing[0]}"
         )
+    surplus = sorted(info["unexpected_keys"])
+    if surplus:
+        _logger.warning("%s: %d tensors are not used, first %s", folder, len(surplus), surplus[0])
     return model.eval()
+
+
+def _load_text_model(
+    teacher: PublishedTeacher, options: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The text model alone. Under its own names: a mapping of names would be applied backwards when it is saved."""
+    if options["dtype"] == "auto":
+        kept = teacher.text.get("model.embed_tokens.weight")
+        options = options | {"dtype": torch.float32 if kept is None else DTYPES[kept.dtype]}
+    tensors = {name: place.read() for name, place in teacher.text.items()}
+    model, info = Gemma4ForCausalLM.from_pretrained(None, config=teacher.base, state_dict=tensors, **options)
+    if (teacher.folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(str(teacher.folder), local_files_only=True)
+    info["unexpected_keys"] = [*info["unexpected_keys"], *teacher.strangers]
+    return model, info
 
 
 def load_teacher(folder: str | Path) -> Gemma4ForCausalLM:
@@ -120,27 +208,13 @@ def load_teacher(folder: str | Path) -> Gemma4ForCausalLM:
 def load_teacher_config(name: str) -> TeacherConfig:
     """The text configuration of a teacher: a folder (weights are not needed) or the name of a built-in shape.
 
-    The text model of a unified Gemma 4 becomes the `gemma4_text` that computes the same: one without per-layer inputs.
-
     Raises:
         ValueError: neither; or the configuration of another architecture.
     """
     folder = Path(name)
     if not folder.is_dir():
         return load_shape(name)
-    fields = _read_config(folder)
-    fields = fields.get("text_config", fields)
-    kind = fields.get("model_type")
-    if kind == Gemma4UnifiedTextConfig.model_type:
-        kind = TEACHER_TYPE
-        fields = Gemma4UnifiedTextConfig.from_dict(fields).to_dict()
-        fields |= {"model_type": kind, "hidden_size_per_layer_input": 0, "enable_moe_block": False}
-    if kind not in CLASSES:
-        raise ValueError(
-            f'{folder}: model_type is "{kind}"; a teacher is "{TEACHER_TYPE}" (plans also take '
-            '"gemma4_unified_text" and "gemma3_text")'
-        )
-    return CLASSES[kind].from_dict(fields)
+    return text_config(folder, _read_config(folder))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -158,35 +232,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_safetensors(path: Path) -> None:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if 8 + length > size:
-            raise ValueError(
-                f"{path}: truncated: {size} bytes, its header alone needs {8 + length}; fetch it again"
-            )
-        try:
-            tensors = json.loads(file.read(length))
-            ends = [
-                int(entry["data_offsets"][1]) for name, entry in tensors.items() if name != "__metadata__"
-            ]
-        except (ValueError, TypeError, AttributeError, LookupError):
-            raise ValueError(f"{path}: the header is not safetensors; fetch it again") from None
-    needed = 8 + length + max(ends, default=0)
-    if size != needed:
-        raise ValueError(
-            f"{path}: {size} bytes, its header describes {needed}; the file is cut short or damaged"
-        )
-
-
 def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     try:
         files = json.loads(path.read_text())["files"]
-        return {
-            name: {"bytes": wanted["bytes"], "sha256": wanted["sha256"]} for name, wanted in files.items()
-        }
+        return {name: check_entry(wanted) for name, wanted in files.items()}
     except (ValueError, TypeError, AttributeError, LookupError):
         raise ValueError(f"{path}: not a manifest of this version; copy the whole folder again") from None
 
@@ -198,13 +247,5 @@ def _check_file(path: Path, wanted: dict[str, Any]) -> None:
         raise ValueError(
             f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {wanted['bytes']}; copy it again"
         )
-    if _sha256(path) != wanted["sha256"]:
+    if not matches(path, wanted):
         raise ValueError(f"{path}: its sha256 is not the one in {MANIFEST}; the file was changed or damaged")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

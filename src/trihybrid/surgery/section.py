@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trihybrid.models.pattern import LegendEntry
 
@@ -76,5 +76,19 @@ class SurgerySection(BaseModel):
         description="order of heads: so that queries meet their own keys, or plain consecutive blocks",
     )
     calibration_tokens: int = Field(
-        default=8192, ge=256, description="tokens that scales (and ridge regression) are fitted on"
+        default=0,
+        ge=0,
+        description="tokens of text, 0 or at least 256, that scales (and ridge regression) are fitted on; with 0 the "
+        "scales come from the teacher's weights alone",
     )
+
+    @model_validator(mode="after")
+    def _enough_text(self) -> "SurgerySection":
+        if 0 < self.calibration_tokens < 256:
+            raise ValueError(f"calibration_tokens is {self.calibration_tokens}; it must be 0 or at least 256")
+        if self.donor_keys_values == "ridge" and not self.calibration_tokens:
+            raise ValueError(
+                'donor_keys_values is "ridge", which is fitted on text; set calibration_tokens (8192, say), or take '
+                '"copy"'
+            )
+        return self

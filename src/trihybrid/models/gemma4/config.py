@@ -32,6 +32,11 @@ COPIED = (
 builds a cache that stops at the first sharing layer and has no slot for the recurrences above."""
 
 
+MEDIA_TOKENS = ("image_token_id", "audio_token_id", "video_token_id")
+"""Fields of a multimodal configuration: the tokens in whose place an image, sound or video is put. They travel in the
+text model's configuration, and a prompt that holds one is refused."""
+
+
 class SlotSizes(Protocol):
     """What converted slots are built from: a student's configuration, or a plan of one."""
 
@@ -84,8 +89,11 @@ class TrihybridGemma4Config(PreTrainedConfig):
         typical = base.per_layer_config[kind]
         for name in COPIED:
             setattr(self, name, getattr(typical, name))
+        for name in MEDIA_TOKENS:
+            setattr(self, name, getattr(base, name, None))
         self.layer_types = [_layer_type(slot) for slot in slots]
-        kwargs = {name: value for name, value in kwargs.items() if name not in (*COPIED, "layer_types")}
+        given = (*COPIED, *MEDIA_TOKENS, "layer_types")
+        kwargs = {name: value for name, value in kwargs.items() if name not in given}
         super().__post_init__(**kwargs)
 
     def base(self) -> Gemma4TextConfig:
@@ -96,6 +104,11 @@ class TrihybridGemma4Config(PreTrainedConfig):
 
     def slot_list(self) -> list[Slot]:
         return [Slot.from_dict(slot) for slot in self.slots or []]
+
+    def media_tokens(self) -> dict[int, str]:
+        """Id -> name of the tokens in whose place a multimodal model puts an image, sound or video."""
+        found = {getattr(self, name): name for name in MEDIA_TOKENS}
+        return {token: name for token, name in found.items() if token is not None}
 
     def rwkv7_options(self) -> Rwkv7Options:
         if not self.rwkv7:

@@ -34,7 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from trihybrid.mixers.contract import Mixer, Shared
 from trihybrid.mixers.span import Span
-from trihybrid.models.arguments import build_span
+from trihybrid.models.arguments import build_span, refuse_media
 from trihybrid.models.cache import CACHE, given_cache, seen_tokens
 from trihybrid.models.gemma4.config import TrihybridGemma4Config
 from trihybrid.models.gemma4.slot import ConvertedDecoderLayer
@@ -163,6 +163,8 @@ class TrihybridGemma4Model(TrihybridGemma4PreTrainedModel, Gemma4TextModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if input_ids is not None:
+            refuse_media(input_ids, self.config.media_tokens())
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.hidden_size_per_layer_input:
             if per_layer_inputs is None:

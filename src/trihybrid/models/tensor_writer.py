@@ -1,0 +1,187 @@
+"""Writing a safetensors file front to back, its header first, from ranges of other files and from tensors in memory.
+
+A header needs names, dtypes and shapes alone, so the file never stands in memory: it passes through four buffers of
+16 MiB. While one is filled, those before it are written and hashed by threads of their own.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trihybrid.models.digest import PIECE, THREADS, entry, piece_digest
+from trihybrid.models.tensor_files import NAMES, TensorRange, read_into
+
+BUFFERS = 4
+
+
+@dataclass(frozen=True)
+class TensorShape:
+    """What a header says of a tensor: safetensors' name of its dtype, its shape, its number of bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    length: int
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, shape: tuple[int, ...]) -> "TensorShape":
+        """That of a tensor that is going to be made."""
+        return cls(NAMES[dtype], shape, math.prod(shape) * dtype.itemsize)
+
+    @classmethod
+    def like(cls, source: TensorRange) -> "TensorShape":
+        """That of a tensor that is going to be copied."""
+        return cls(source.dtype, source.shape, source.length)
+
+
+def header_bytes(tensors: Mapping[str, TensorShape]) -> bytes:
+    """The beginning of a file with these tensors in this order, the length of the header included."""
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.length
+        fields[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def file_bytes(tensors: Mapping[str, TensorShape]) -> int:
+    """Size of the file with these tensors."""
+    return len(header_bytes(tensors)) + sum(tensor.length for tensor in tensors.values())
+
+
+class TensorWriter:
+    """One safetensors file, a context. Its tensors are given in the order of `tensors`, each by `copy` or `put`.
+
+    Args:
+        path: a file that does not exist yet. Wider dtypes are best put first: a reader may want them aligned.
+        tensors: name -> dtype and shape of all that the file will hold.
+
+    Attributes:
+        entry: the manifest's entry of the file; there after the context, when all of it is on the disk.
+
+    Raises:
+        OSError: the disk is full, or refuses in another way; from any of its methods.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, TensorShape]) -> None:
+        self.entry: dict[str, Any] = {}
+        self._path = path
+        self._tensors, self._names = dict(tensors), iter(tensors)
+        self._pieces = _Pieces(path)
+        self._sources: dict[Path, int] = {}
+        self._give(memoryview(header_bytes(tensors)))
+
+    def copy(self, name: str, source: TensorRange) -> None:
+        """The bytes of a tensor as they lie in another file.
+
+        Raises:
+            ValueError: that file has become shorter.
+        """
+        self._expect(name, TensorShape.like(source))
+        if source.path not in self._sources:
+            self._sources[source.path] = os.open(source.path, os.O_RDONLY)
+        done = 0
+        while done < source.length:
+            space = self._pieces.space()[: source.length - done]
+            read_into(self._sources[source.path], space, source.start + done, source.path)
+            self._pieces.advance(len(space))
+            done += len(space)
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """A tensor from memory."""
+        self._expect(name, TensorShape.of(tensor.dtype, tuple(tensor.shape)))
+        flat = tensor.detach().cpu().contiguous().flatten()
+        self._give(flat.view(torch.uint8).numpy().data)
+
+    def __enter__(self) -> "TensorWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._sources.values():
+            os.close(handle)
+        if kind is not None:
+            self._pieces.abandon()
+            return
+        assert next(self._names, None) is None, f"{self._path}: tensors are missing"
+        self.entry = self._pieces.close()
+
+    def _expect(self, name: str, tensor: TensorShape) -> None:
+        expected = next(self._names)
+        assert (name, tensor) == (expected, self._tensors[expected]), f"{name} in the place of {expected}"
+
+    def _give(self, data: memoryview) -> None:
+        while len(data):
+            space = self._pieces.space()[: len(data)]
+            space[:] = data[: len(space)]
+            self._pieces.advance(len(space))
+            data = data[len(space) :]
+
+
+class _Pieces:
+    """The bytes of a file in pieces: filled here, written and hashed by threads."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._pool = ThreadPoolExecutor(1 + THREADS)
+        self._buffers = [memoryview(bytearray(PIECE)) for _ in range(BUFFERS)]
+        self._writes: list[Future[None]] = []
+        self._digests: list[Future[bytes]] = []
+        self._filled = 0
+
+    def space(self) -> memoryview:
+        """What is free of the current piece; never empty."""
+        return self._current()[self._filled :]
+
+    def advance(self, count: int) -> None:
+        """`count` bytes of `space` were filled."""
+        self._filled += count
+        if self._filled == PIECE:
+            self._send()
+
+    def close(self) -> dict[str, Any]:
+        if self._filled or not self._writes:
+            self._send()
+        try:
+            for write in self._writes[-BUFFERS:]:
+                write.result()
+            os.fsync(self._handle)
+            size = os.fstat(self._handle).st_size
+            return entry(size, [digest.result() for digest in self._digests])
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        os.close(self._handle)
+
+    def _current(self) -> memoryview:
+        return self._buffers[len(self._writes) % BUFFERS]
+
+    def _send(self) -> None:
+        piece, offset = self._current()[: self._filled], len(self._writes) * PIECE
+        self._writes.append(self._pool.submit(self._write, piece, offset))
+        self._digests.append(self._pool.submit(piece_digest, piece))
+        self._filled = 0
+        # The buffer that comes next is free when its piece, BUFFERS before, is written and hashed.
+        before = len(self._writes) - BUFFERS
+        if before >= 0:
+            self._writes[before].result()
+            self._digests[before].result()
+
+    def _write(self, piece: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(piece):
+            done += os.pwrite(self._handle, piece[done:], offset + done)
