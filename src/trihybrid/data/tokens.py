@@ -71,9 +71,6 @@ class Tokenizer:
             put BOS first, one that does replaces it.
         bos, eos, pad: its special tokens, as text.
 
-    Attributes:
-        begins: whether the tokenizer put BOS first by itself.
-
     Raises:
         ValueError: if one of the three is not in the vocabulary.
     """
@@ -93,9 +90,8 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = False
-        self.begins = backend.encode("a", add_special_tokens=True).ids[0] == self.bos_id
-        if not self.begins:
-            backend.post_processor = self.beginning()
+        if backend.encode("a", add_special_tokens=True).ids[0] != self.bos_id:
+            backend.post_processor = beginning(bos, self.bos_id)
         backend.encode_special_tokens = True  # "<eos>" written in a text is five ordinary characters
 
     @classmethod
@@ -145,13 +141,6 @@ class Tokenizer:
             token = names.get(role) or default
             found[role] = token["content"] if isinstance(token, dict) else token
         return cls(backend, found["bos_token"], found["eos_token"], found["pad_token"])
-
-    def beginning(self) -> processors.TemplateProcessing:
-        """The post-processor that puts BOS before every text."""
-        bos = self._specials["bos_token"]
-        return processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, self.bos_id)]
-        )
 
     @cached_property
     def vocab_size(self) -> int:
@@ -253,6 +242,13 @@ class Tokenizer:
             if number not in specials:
                 lengths[number] = length(token.replace(old, new) if old else token)
         return lengths
+
+
+def beginning(bos: str, bos_id: int) -> processors.TemplateProcessing:
+    """The post-processor that puts BOS before every text."""
+    return processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
+    )
 
 
 def byte_characters() -> list[str]:

@@ -59,11 +59,15 @@ def convert_folder(
         tokenizer = Tokenizer.from_file(published.folder)
         tokens = [calibration_block(read_documents(text), tokenizer, section.calibration_tokens)]
 
-    def finish(partial: Path, report: TensorReport) -> None:
-        check_bos(partial, carry_tokenizer(published.folder, partial).bos_id)
+    def tokenizer_files(partial: Path) -> None:
+        check_bos(partial, carry_tokenizer(published.folder, partial))
+
+    def card(partial: Path, report: TensorReport) -> None:
         (partial / "README.md").write_text(student_card(plan, report, out.name), encoding="utf-8")
 
-    return plan, stream_student(published, plan, out, tokens, towers=towers, finish=finish)
+    return plan, stream_student(
+        published, plan, out, tokens, towers=towers, beside=tokenizer_files, finish=card
+    )
 
 
 def calibration_block(documents: list[str], tokenizer: Tokenizer, tokens: int) -> Block:
@@ -87,17 +91,18 @@ def calibration_block(documents: list[str], tokenizer: Tokenizer, tokens: int) -
     return rows_BT, torch.where(before_BT, first_BT, places_BT)
 
 
-def check_bos(folder: Path, bos_id: int) -> None:
+def check_bos(folder: Path, bos: str) -> None:
     """Refuse a tokenizer that does not begin a text with BOS, once, as transformers loads it.
 
     Raises:
         ValueError: it does not.
     """
-    ids = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)("a").input_ids
-    if ids[:1] != [bos_id] or ids[1:2] == [bos_id]:
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    found = tokenizer.convert_ids_to_tokens(tokenizer("a").input_ids)
+    if found[:1] != [bos] or bos in found[1:]:
         raise ValueError(
-            f'{folder}: its tokenizer makes {ids[:3]} of "a", which must begin with one BOS, {bos_id}; set '
-            "add_bos_token in the teacher's tokenizer_config.json"
+            f'the tokenizer makes {found} of "a", which must begin with one {bos}; set add_bos_token in the teacher\'s '
+            "tokenizer_config.json"
         )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
 
-NOISE_TOKENS = 256
+NOISE_TOKENS = 64
 
 
 @dataclass

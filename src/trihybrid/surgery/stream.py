@@ -6,7 +6,10 @@ turn comes. So a model of any size passes through a few buffers, one slot, and w
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,13 @@ from trihybrid.models.tensor_writer import TensorShape, TensorWriter, file_bytes
 from trihybrid.surgery.layout import student_config
 from trihybrid.surgery.operate import converted_prefixes, empty_student, write_plan
 from trihybrid.surgery.plan import check_plan
-from trihybrid.surgery.slots import Block, build_slots
+from trihybrid.surgery.slots import Block, BuiltSlot, build_slots
 from trihybrid.surgery.tensors import TOWERS, TensorReport
 
 WEIGHTS = "model.safetensors"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+AHEAD_BYTES = 1 << 30
+"""What slots may take that were built before their turn."""
 SPARE_BYTES = 1 << 28
 """What must be free beyond the weights: tokenizer, plan, manifest."""
 
@@ -38,7 +43,8 @@ def stream_student(
     tokens: Sequence[Block] = (),
     seed: int = 0,
     towers: bool = True,
-    finish: Callable[[Path, TensorReport], None] = lambda folder, report: None,
+    beside: Callable[[Path], object] = lambda folder: None,
+    finish: Callable[[Path, TensorReport], object] = lambda folder, report: None,
 ) -> TensorReport:
     """Write the student that `plan` makes of a teacher, whole or not at all.
 
@@ -49,7 +55,8 @@ def stream_student(
         tokens: calibration blocks (see `build_slots`).
         seed: of what is drawn.
         towers: carry the towers for images and sound along, where there are some.
-        finish: puts files of its own into the folder before it is closed.
+        beside: puts files of its own into the folder, in a thread, while the weights are written.
+        finish: does so when the weights are written.
 
     Raises:
         ValueError: the plan of another teacher; tensors that are missing or do not fit; a disk without the space that
@@ -72,28 +79,35 @@ def stream_student(
     reports: list[TensorReport] = []
 
     def write(partial: Path) -> Written:
-        entries = {}
         made: set[str] = set()
         used: set[str] = set()
-        with TensorWriter(partial / WEIGHTS, weights) as file:
+        built_slots = build_slots(FileSource(teacher.text), teacher.base, section, tokens, seed)
+        converted = sum(slot.converted for slot in config.slot_list())
+        files: dict[str, TensorWriter] = {}
+        # Both files are closed together at the end, for each close waits for the disk.
+        with ExitStack() as stack:
+            ahead = _Ahead(built_slots, converted, sum(tensor.length for tensor in slots.values()))
+            stack.enter_context(ahead)
+            others = ahead.also(beside, partial)
+            file = files[WEIGHTS] = stack.enter_context(TensorWriter(partial / WEIGHTS, weights))
             for name, place in kept.items():
                 file.copy(name, place)
-            for built in build_slots(FileSource(teacher.text), teacher.base, section, tokens, seed):
+            if carried:
+                (partial / TOWERS).mkdir()
+                path = f"{TOWERS}/{WEIGHTS}"
+                side = files[path] = stack.enter_context(TensorWriter(partial / path, aside))
+                for name, place in carried.items():
+                    side.copy(name, place)
+                for name in ("config.json", *PROCESSOR_FILES):
+                    if (teacher.folder / name).exists():
+                        shutil.copyfile(teacher.folder / name, partial / TOWERS / name)
+            for built in ahead:
                 prefix = f"model.layers.{built.index}.self_attn."
                 for name, parameter in built.slot.named_parameters():
                     file.put(prefix + name, parameter.to(dtype))
                 made |= {prefix + name for name in built.inherited}
                 used |= built.sources
-        entries[WEIGHTS] = file.entry
-        if carried:
-            (partial / TOWERS).mkdir()
-            with TensorWriter(partial / TOWERS / WEIGHTS, aside) as file:
-                for name, place in carried.items():
-                    file.copy(name, place)
-            entries[f"{TOWERS}/{WEIGHTS}"] = file.entry
-            for name in ("config.json", *PROCESSOR_FILES):
-                if (teacher.folder / name).exists():
-                    shutil.copyfile(teacher.folder / name, partial / TOWERS / name)
+            others.result()
         reports.append(
             TensorReport(
                 copied=len(kept),
@@ -113,10 +127,45 @@ def stream_student(
         # Last, for a folder without a configuration is no model's.
         config.architectures, config.dtype = [TrihybridGemma4ForCausalLM.__name__], dtype
         config.save_pretrained(partial)
+        entries = {path: written.entry for path, written in files.items()}
         return Written(entries, {"tensors": vars(reports[-1])})
 
     save_folder(folder, write)
     return reports[-1]
+
+
+class _Ahead:
+    """Slots that a thread builds while tensors are copied, as many ahead as memory is set aside for; and other work.
+
+    Args:
+        slots: the iterator that builds them.
+        count: how many it gives.
+        length: bytes of all of them in the file.
+    """
+
+    def __init__(self, slots: Iterator[BuiltSlot], count: int, length: int) -> None:
+        self._slots, self._count = slots, count
+        self._thread = ThreadPoolExecutor(1)
+        # While it waits, a slot is in float32, twice the bytes that it has in most files.
+        ahead = max(1, min(count, AHEAD_BYTES * count // max(2 * length, 1)))
+        self._pending = deque(self._thread.submit(next, slots) for _ in range(min(ahead, count)))
+
+    def also(self, work: Callable[[Path], object], folder: Path) -> Future[object]:
+        """Let the thread do something else when it has built what it may."""
+        return self._thread.submit(work, folder)
+
+    def __iter__(self) -> Iterator[BuiltSlot]:
+        for left in range(self._count, 0, -1):
+            built = self._pending.popleft().result()
+            if left - 1 > len(self._pending):
+                self._pending.append(self._thread.submit(next, self._slots))
+            yield built
+
+    def __enter__(self) -> "_Ahead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
 
 
 def _retained(teacher: PublishedTeacher, wanted: dict[str, tuple[int, ...]]) -> dict[str, TensorRange]:
@@ -153,7 +202,7 @@ def _check_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(disk).free
     if free < size + SPARE_BYTES:
         raise ValueError(
-            f"{folder}: needs {(size + SPARE_BYTES) / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; free some, or "
+            f"{folder}: needs {(size + SPARE_BYTES) / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB; free some, or "
             "name a folder on another disk"
         )
 
