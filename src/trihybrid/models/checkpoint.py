@@ -25,6 +25,7 @@ from trihybrid.models.published import (
     open_published,
     text_config,
 )
+from trihybrid.models.selfcheck import check_rotary, check_teacher
 from trihybrid.models.shapes import TeacherConfig, load_shape
 from trihybrid.models.tensor_files import DTYPES, read_header, weight_files
 
@@ -137,7 +138,8 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrai
     Tensors that the model has no place for are named in one line of the log.
 
     Raises:
-        ValueError: see `check_folder`; a model type that we do not know; tensors that are missing or do not fit.
+        ValueError: see `check_folder` and `check_rotary`; a model type that we do not know; tensors that are missing
+            or do not fit.
     """
     register()
     folder = Path(folder)
@@ -173,6 +175,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrai
     surplus = sorted(info["unexpected_keys"])
     if surplus:
         _logger.warning("%s: %d tensors are not used, first %s", folder, len(surplus), surplus[0])
+    check_rotary(model, str(folder))
     return model.eval()
 
 
@@ -192,16 +195,17 @@ def _load_text_model(
 
 
 def load_teacher(folder: str | Path) -> Gemma4ForCausalLM:
-    """A teacher from a folder.
+    """A teacher from a folder, whose cache and checkpointing were tried out.
 
     Raises:
-        ValueError: see `load_model`; or the folder holds a student.
+        ValueError: see `load_model` and `check_teacher`; or the folder holds a student.
     """
     model = load_model(folder)
     if not isinstance(model, Gemma4ForCausalLM):
         raise ValueError(
             f"{folder}: a converted student, not a teacher; give the folder of a Gemma-4 text model"
         )
+    check_teacher(model, str(folder))
     return model
 
 

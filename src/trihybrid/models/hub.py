@@ -6,10 +6,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
+    HTTPError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -51,7 +49,8 @@ def find_model(name: str, revision: str | None = None) -> Path:
         ) from None
     except HFValidationError as error:
         raise ValueError(f"{name}: {error}") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, OSError) as error:
+        # Whatever stands between us and the hub, and what huggingface_hub says when it may not or cannot ask.
         raise ValueError(
             f"{name}: no such folder, and the hub cannot be asked ({str(error).splitlines()[0]}); fetch the model "
             "elsewhere and give its folder"

@@ -4,6 +4,7 @@ A header needs names, dtypes and shapes alone, so the file never stands in memor
 16 MiB. While one is filled, those before it are written and hashed by threads of their own.
 """
 
+import errno
 import json
 import math
 import os
@@ -134,6 +135,7 @@ class _Pieces:
     """The bytes of a file in pieces: filled here, written and hashed by threads."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._pool = ThreadPoolExecutor(1 + THREADS)
         self._buffers = [memoryview(bytearray(PIECE)) for _ in range(BUFFERS)]
@@ -184,4 +186,7 @@ class _Pieces:
     def _write(self, piece: memoryview, offset: int) -> None:
         done = 0
         while done < len(piece):
-            done += os.pwrite(self._handle, piece[done:], offset + done)
+            count = os.pwrite(self._handle, piece[done:], offset + done)
+            if not count:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+            done += count
