@@ -83,7 +83,7 @@ def test_a_file_that_exists_is_not_written_over(tmp_path: Path) -> None:
     assert (tmp_path / "f").read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("room", [0, 300, 5_000])
+@pytest.mark.parametrize("room", [0, 300, 2_000, 5_000])
 def test_a_full_disk_is_an_error_wherever_it_comes(
     tmp_path: Path, pieces: int, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:

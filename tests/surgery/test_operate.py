@@ -259,8 +259,15 @@ def test_plans_of_other_teachers_and_empty_calibration_are_refused(
     ):
         operate(teacher, foreign, [calibration])
     plan = make_plan(teacher.config, make_section(), "tiny", contexts=(64,))
-    with pytest.raises(ValueError, match="no calibration tokens; give at least one block"):
+    with pytest.raises(
+        ValueError, match=r"calibration_tokens is 256; give at least one block of .* or set it to 0"
+    ):
         operate(teacher, plan, [])
+    weights = make_plan(teacher.config, make_section(calibration_tokens=0), "tiny", contexts=(64,))
+    with pytest.raises(
+        ValueError, match=r"calibration_tokens is 0: .* leave the tokens away, or set how many"
+    ):
+        operate(teacher, weights, [calibration])
 
 
 def test_several_calibration_blocks_count_as_their_whole(make, teacher, make_section, calibration) -> None:

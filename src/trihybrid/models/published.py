@@ -84,7 +84,6 @@ def text_config(folder: Path, fields: dict[str, Any]) -> TeacherConfig:
             f'{folder}: model_type is "{kind}"; a teacher is "{TEACHER_TYPE}" (plans also take '
             '"gemma4_unified_text" and "gemma3_text")'
         )
-    whole = {
-        name: outer[name] for name in ("tie_word_embeddings", *MEDIA_TOKENS) if outer.get(name) is not None
-    }
+    carried = ("tie_word_embeddings", "dtype", *MEDIA_TOKENS)
+    whole = {name: outer[name] for name in carried if outer.get(name) is not None}
     return CLASSES[kind].from_dict({**fields, **whole})

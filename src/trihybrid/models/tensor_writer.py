@@ -81,7 +81,11 @@ class TensorWriter:
         self._tensors, self._names = dict(tensors), iter(tensors)
         self._pieces = _Pieces(path)
         self._sources: dict[Path, int] = {}
-        self._give(memoryview(header_bytes(tensors)))
+        try:
+            self._give(memoryview(header_bytes(tensors)))
+        except BaseException:
+            self._pieces.abandon()
+            raise
 
     def copy(self, name: str, source: TensorRange) -> None:
         """The bytes of a tensor as they lie in another file.

@@ -2,8 +2,7 @@
 
 On text the teacher runs over calibration tokens, one layer in memory at a time. On noise nothing runs: a layer's input
 is what its first norm makes of any direction, x = gain * u with |u|^2 = D, and its output what the attention says of a
-token alone, W_o v. Both are within a factor of two of each other on a trained teacher (docs/gemma4.md), and the norm
-behind the slot takes any factor out again.
+token alone, W_o v. The norm behind the slot takes any factor between the two out again (docs/gemma4.md).
 
 Legend: B batch, T time, D model width, G key/value heads, E query heads of one key/value head, W channels of a head.
 """

@@ -65,7 +65,8 @@ def student_config(base: TeacherConfig, section: SurgerySection) -> TrihybridGem
         )
     plan = blueprint(base, section)
     return TrihybridGemma4Config(
-        base_config=base.to_dict(),
+        # Where the teacher lay is nobody's business.
+        base_config=base.to_dict() | {"_name_or_path": ""},
         slots=[slot.as_dict() for slot in plan.slots],
         rwkv7=plan.rwkv7,
         tica=plan.tica,

@@ -123,10 +123,11 @@ def sources(base: TeacherConfig, slot: Slot, index: int, section: SurgerySection
     # Gemma 3 norms queries and keys by 1 + weight, scales scores, and does not norm values.
     projected = projected.replace("k_norm", "1 + k_norm") if gemma3 else f"{projected}, value at rms 1"
     folded = "1 + its q_norm and the scale of scores" if gemma3 else "its q_norm"
+    seen = "text" if section.calibration_tokens else "noise"
     found: dict[str, str] = {}
     if "rwkv7" in slot.mixers:
         found["rwkv7.receptance"] = f"layer {index} q_proj rows {order}, {folded} folded in"
-        found["rwkv7.output"] = f"layer {index} o_proj columns {order}, scaled to the teacher's rms"
+        found["rwkv7.output"] = f"layer {index} o_proj columns {order}, scaled to the teacher's rms on {seen}"
         if "rwkv7" in slot.donors:
             found["rwkv7.key, value"] = f"none: slot {owner}'s, read at run time"
         elif donor_layer(base, index) is None:
