@@ -8,14 +8,15 @@ then copies its file and converts it with `trihybrid convert`, each in a process
 copies it again. Every file that is written is synced before the clock stops; the source is dropped from the cache
 (fsync and POSIX_FADV_DONTNEED) before it starts. About 31 GB must be free; all of it is removed afterwards.
 
-Prints seconds of whole processes, peak resident memory (VmHWM) and bytes that came from and went to the disk. Exits
-with 1 when memory is above 3 GiB or the time above 1.5 times the mean of the copies. --set is handed to `convert`.
+Prints seconds of whole processes, seconds of all cores, peak resident memory (VmHWM) and bytes from and to the disk.
+Exits with 1 when memory is above 3 GiB or the time above 1.5 times the mean of the copies. --set goes to `convert`.
 """
 
 import argparse
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -155,19 +156,20 @@ def convert(source: str, target: str, *overrides: str) -> None:
 
 
 def about_itself() -> str:
-    """Peak resident memory, and bytes from and to the disk, of this process."""
+    """Peak resident memory, seconds of all cores, and bytes from and to the disk, of this process."""
     status = Path("/proc/self/status").read_text().splitlines()
     counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     peak = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
-    return json.dumps(
-        {"peak": peak, "read": int(counts["read_bytes"]), "written": int(counts["write_bytes"])}
-    )
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    moved = {"read": int(counts["read_bytes"]), "written": int(counts["write_bytes"])}
+    return json.dumps({"peak": peak, "cpu": used.ru_utime + used.ru_stime, **moved})
 
 
 def show(name: str, row: dict[str, float]) -> None:
     """One line of the table."""
-    gb = [f"{row[field] / 1e9:8.2f}" for field in ("read", "written")]
-    print(f"{name:<10}{row['seconds']:>9.1f}{row['peak'] / (1 << 30):>11.2f}   {'   '.join(gb)}", flush=True)
+    figures = [f"{row['seconds']:>9.1f}{row['cpu']:>9.1f}{row['peak'] / (1 << 30):>10.2f}"]
+    figures += [f"{row[field] / 1e9:8.2f}" for field in ("read", "written")]
+    print(f"{name:<8}{'   '.join(figures)}", flush=True)
 
 
 def main() -> int:
@@ -201,7 +203,7 @@ def measure(options: argparse.Namespace) -> int:
     teacher.mkdir()
     size = make_checkpoint(teacher)
     print(f"{WEIGHTS}: {size:,} bytes, {os.cpu_count()} cores\n")
-    print(f"{'':<10}{'seconds':>9}{'peak GiB':>11}   GB read   GB written")
+    print(f"{'':<8}{'seconds':>9}{'cpu s':>9}{'peak GiB':>10}   GB read   GB written")
     overrides = [part for override in options.overrides for part in ("--set", override)]
     rows: dict[str, list[dict[str, float]]] = {"copy": [], "convert": []}
     for name in [*["copy", "convert"] * options.repetitions, "copy"]:

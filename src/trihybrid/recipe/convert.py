@@ -17,7 +17,9 @@ from trihybrid.surgery.slots import Block
 from trihybrid.surgery.stream import stream_student
 from trihybrid.surgery.tensors import TensorReport
 
-ROW = 256
+ROW, ROWS = 256, 8
+"""Tokens of a row of calibration text, and rows of a block. A block is one pass over a teacher's weights, and needs its
+activations; 2,048 tokens of E2B's widest layer are 100 MB in float32."""
 
 
 def convert_folder(
@@ -57,7 +59,7 @@ def convert_folder(
     tokens: list[Block] = []
     if section.calibration_tokens:
         tokenizer = Tokenizer.from_file(published.folder)
-        tokens = [calibration_block(read_documents(text), tokenizer, section.calibration_tokens)]
+        tokens = calibration_blocks(read_documents(text), tokenizer, section.calibration_tokens)
 
     def tokenizer_files(partial: Path) -> None:
         check_bos(partial, carry_tokenizer(published.folder, partial))
@@ -70,9 +72,9 @@ def convert_folder(
     )
 
 
-def calibration_block(documents: list[str], tokenizer: Tokenizer, tokens: int) -> Block:
+def calibration_blocks(documents: list[str], tokenizer: Tokenizer, tokens: int) -> list[Block]:
     """The beginnings of documents, each with a BOS and at most `ROW` tokens, packed into rows of `ROW` tokens: at most
-    `tokens` of them, in whole rows, or in one shorter row where the text is short."""
+    `tokens` of them, in whole rows, or in one shorter row where the text is short. `ROWS` rows are a block."""
     ids: list[int] = []
     positions: list[int] = []
     for document in documents:
@@ -88,7 +90,8 @@ def calibration_block(documents: list[str], tokenizer: Tokenizer, tokens: int) -
     places_BT = torch.tensor(positions[:count]).view(-1, length)
     first_BT = torch.arange(length).expand_as(places_BT)
     before_BT = (places_BT == 0).cumsum(1) == 0
-    return rows_BT, torch.where(before_BT, first_BT, places_BT)
+    positions_BT = torch.where(before_BT, first_BT, places_BT)
+    return list(zip(rows_BT.split(ROWS), positions_BT.split(ROWS), strict=True))
 
 
 def check_bos(folder: Path, bos: str) -> None:

@@ -17,7 +17,7 @@ from trihybrid.mixers.contract import Shared, copy_into
 from trihybrid.mixers.rwkv7 import Rwkv7
 from trihybrid.mixers.span import packed
 from trihybrid.mixers.tica import Tica
-from trihybrid.models.drawing import drawing
+from trihybrid.models.drawing import drawing, one_thread
 from trihybrid.models.gemma4.config import TrihybridGemma4Config, key_value_owner
 from trihybrid.models.gemma4.slot import ConvertedSlot
 from trihybrid.models.gemma4.streamed import streamed_model
@@ -89,7 +89,10 @@ def build_slots(
         builder.positions = [positions for _, positions in tokens]
     builder.shared = [Shared() for _ in builder.positions]
     for index in converted:
-        yield builder.build(index)
+        # The same bits whatever the machine, and whatever else it does.
+        with one_thread():
+            built = builder.build(index)
+        yield built
 
 
 def _check_tokens(section: SurgerySection, tokens: Sequence[Block]) -> None:
