@@ -14,7 +14,7 @@ import sys
 from trihybrid.data import Tokenizer, read_documents
 from trihybrid.models.checkpoint import open_teacher
 from trihybrid.models.source import FileSource
-from trihybrid.recipe.convert import calibration_blocks
+from trihybrid.recipe.convert import text_blocks
 from trihybrid.recipe.load import load_section
 from trihybrid.surgery.section import SurgerySection
 from trihybrid.surgery.slots import build_slots
@@ -38,7 +38,7 @@ def main() -> int:
     for tokens in TOKENS:
         fields = [*options.overrides, f"calibration_tokens={tokens}"]
         section = load_section(SurgerySection, {}, fields, "surgery")
-        blocks = calibration_blocks(documents, tokenizer, tokens) if tokens else []
+        blocks = text_blocks(documents, tokenizer, tokens) if tokens else []
         for built in build_slots(FileSource(teacher.text), teacher.base, section, blocks):
             for part, name in PARTS.items():
                 weight = dict(built.slot.named_parameters()).get(name)

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
-from tiny_published import write_published
 from trihybrid.models.checkpoint import (
     MANIFEST,
     Written,
@@ -322,48 +321,6 @@ def test_tensors_that_the_model_has_no_place_for_are_named(
         load_model(folder)
     (line,) = [record.message for record in caplog.records if record.name.startswith("trihybrid")]
     assert line == f"{folder}: 1 tensors are not used, first model.extra"
-
-
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_of_a_multimodal_teacher_the_text_model_is_read(
-    tmp_path: Path, shards: int, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
-) -> None:
-    teacher = write_published(tmp_path / "published", dtype=dtype, shards=shards)
-    with caplog.at_level(logging.WARNING, logger="trihybrid"):
-        loaded = load_teacher(tmp_path / "published")
-    # Towers, and keys and values that no layer reads, are no surprise.
-    assert not caplog.records
-    assert loaded.dtype == dtype and loaded.generation_config.eos_token_id == [1, 106]
-    tensors, found = teacher.state_dict(), loaded.state_dict()
-    assert tensors.keys() == found.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    # Saved again it is a text model under the text model's names.
-    save_folder(tmp_path / "text", loaded.save_pretrained)
-    assert "model.layers.0.input_layernorm.weight" in load_file(tmp_path / "text" / "model.safetensors")
-    again = load_teacher(tmp_path / "text")
-    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in tensors.items())
-    assert again.config.image_token_id == 250
-
-
-def test_a_multimodal_teacher_without_a_tensor_is_refused(tmp_path: Path) -> None:
-    write_published(tmp_path / "published")
-    path = tmp_path / "published" / "model.safetensors"
-    tensors = load_file(path)
-    del tensors["model.language_model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"1 tensors are missing .* first model\.layers\.1\.mlp\.up_proj"):
-        load_teacher(tmp_path / "published")
-
-
-def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
-    write_published(tmp_path / "published", shards=3)
-    (tmp_path / "published" / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(
-        ValueError, match=r"index\.json names model-00002-of-00003\.safetensors, not in the folder"
-    ):
-        load_teacher(tmp_path / "published")
 
 
 def test_a_student_is_no_teacher(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tiny_published import TEMPLATE, write_published, write_tokenizer
 from trihybrid.data import Tokenizer, read_documents
 from trihybrid.models import hub
 from trihybrid.models.checkpoint import load_model, load_teacher
-from trihybrid.recipe.convert import ROW, calibration_blocks, check_bos
+from trihybrid.recipe.convert import ROW, check_bos, text_blocks
 from trihybrid.surgery.operate import operate, read_plan
 
 SURGERY = (
@@ -63,7 +63,7 @@ def test_ridge_regression_and_scales_on_text_through_the_command(
     options = ("--set", "donor_keys_values=ridge", "--set", "calibration_tokens=512", "--text", micro_texts)
     result = micro.trihybrid("convert", published, tmp_path / "student", *SURGERY, *options)
     assert (result.code, result.stderr) == (0, "")
-    blocks = calibration_blocks(read_documents(str(micro_texts)), Tokenizer.from_file(published), 512)
+    blocks = text_blocks(read_documents(str(micro_texts)), Tokenizer.from_file(published), 512)
     student = operate(load_teacher(published), read_plan(tmp_path / "student"), blocks)
     found = load_model(tmp_path / "student").state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in student.state_dict().items())
@@ -138,7 +138,7 @@ def test_documents_are_packed_into_rows() -> None:
     """Beginnings of at most ROW tokens, each with a BOS; a row begins at 0, and so does every document in it."""
     tokenizer = Tokenizer.bytes()
     documents = ["a" * 100, "b" * 1000, "c" * 60, "d" * 1000]
-    ((tokens_BT, positions_BT),) = calibration_blocks(documents, tokenizer, 512)
+    ((tokens_BT, positions_BT),) = text_blocks(documents, tokenizer, 512)
     assert tokens_BT.shape == positions_BT.shape == (2, ROW)
     stream = [
         2,
@@ -166,5 +166,5 @@ def test_documents_are_packed_into_rows() -> None:
     ],
 )
 def test_as_many_tokens_as_there_are(lengths: list[int], tokens: int, shapes: list[tuple[int, int]]) -> None:
-    blocks = calibration_blocks(["x" * length for length in lengths], Tokenizer.bytes(), tokens)
+    blocks = text_blocks(["x" * length for length in lengths], Tokenizer.bytes(), tokens)
     assert [block[0].shape for block in blocks] == [block[1].shape for block in blocks] == shapes

@@ -6,7 +6,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from tiny_published import write_published
 from trihybrid.models.checkpoint import check_folder, load_model, load_teacher
 from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
 from trihybrid.recipe.execute import execute
@@ -133,3 +135,29 @@ def test_a_teacher_from_a_folder_is_copied_and_converted_alike(
     with pytest.raises(ValueError, match="a converted student, not a teacher"):
         execute(load_recipe(micro_recipe, overrides), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_published_teacher_serves_a_recipe(micro: ModuleType, micro_recipe: Path, tmp_path: Path) -> None:
+    """Both stages on the text model of a multimodal folder, with scales from its weights alone; the operated student is
+    the one that `convert` writes."""
+    write_published(tmp_path / "published", dtype=torch.float32)
+    surgery = {
+        "rwkv7": {"head_dim": 16, "decay_rank": 6, "iclr_rank": 5, "gate_rank": 7},
+        "tica": {"heads": 4, "kv_heads": 2, "head_dim": 8, "gate_rank": 3},
+    }
+    overrides = [
+        "teacher.pretrain=null",
+        f"teacher.folder={tmp_path / 'published'}",
+        "surgery.calibration_tokens=0",
+    ]
+    overrides += [f"surgery.{name}={json.dumps(fields)}" for name, fields in surgery.items()]
+    overrides += ["stages.0.loop.steps=1", "stages.1.loop.steps=1"]
+    torch.set_num_threads(1)
+    rows = execute(load_recipe(micro_recipe, overrides), tmp_path / "run")
+    assert [row["stage"] for row in rows] == MODELS
+    options = [part for name, fields in surgery.items() for part in ("--set", f"{name}={json.dumps(fields)}")]
+    assert micro.trihybrid("convert", tmp_path / "published", tmp_path / "student", *options).code == 0
+    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("run/operated", "student"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert load_model(tmp_path / "run" / "matched").config.image_token_id == 250

@@ -59,7 +59,7 @@ def convert_folder(
     tokens: list[Block] = []
     if section.calibration_tokens:
         tokenizer = Tokenizer.from_file(published.folder)
-        tokens = calibration_blocks(read_documents(text), tokenizer, section.calibration_tokens)
+        tokens = text_blocks(read_documents(text), tokenizer, section.calibration_tokens)
 
     def tokenizer_files(partial: Path) -> None:
         check_bos(partial, carry_tokenizer(published.folder, partial))
@@ -72,7 +72,7 @@ def convert_folder(
     )
 
 
-def calibration_blocks(documents: list[str], tokenizer: Tokenizer, tokens: int) -> list[Block]:
+def text_blocks(documents: list[str], tokenizer: Tokenizer, tokens: int) -> list[Block]:
     """The beginnings of documents, each with a BOS and at most `ROW` tokens, packed into rows of `ROW` tokens: at most
     `tokens` of them, in whole rows, or in one shorter row where the text is short. `ROWS` rows are a block."""
     ids: list[int] = []

@@ -229,7 +229,10 @@ def _operate(run: Run, parent: str) -> str:
 
 
 def calibration_blocks(data: PreparedData, tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """(input_ids, position_ids) of about `tokens` training tokens, in rows of at most `CALIBRATION_LENGTH`."""
+    """(input_ids, position_ids) of about `tokens` training tokens, in rows of at most `CALIBRATION_LENGTH`; none where
+    none are wanted."""
+    if not tokens:
+        return []
     length = min(CALIBRATION_LENGTH, len(data.train) - 1)
     rows = max(1, min(tokens // length, (len(data.train) - 1) // length))
     batch = PackedBatches(data.train, length, rows, seed=0).batch(0)

@@ -6,10 +6,9 @@ turn comes. So a model of any size passes through a few buffers, one slot, and w
 """
 
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ import torch
 from transformers import Gemma4TextConfig, GenerationConfig
 
 from trihybrid.models.checkpoint import Written, save_folder
-from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
+from trihybrid.models.gemma4 import TrihybridGemma4Config, TrihybridGemma4ForCausalLM
 from trihybrid.models.published import PublishedTeacher
 from trihybrid.models.source import FileSource
 from trihybrid.models.tensor_files import DTYPES, TensorRange
 from trihybrid.models.tensor_writer import TensorShape, TensorWriter, file_bytes
+from trihybrid.surgery.ahead import Ahead
 from trihybrid.surgery.layout import student_config
 from trihybrid.surgery.operate import converted_prefixes, empty_student, write_plan
 from trihybrid.surgery.plan import check_plan
@@ -30,8 +30,6 @@ from trihybrid.surgery.tensors import TOWERS, TensorReport
 
 WEIGHTS = "model.safetensors"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-AHEAD_BYTES = 1 << 30
-"""What slots may take that were built before their turn."""
 SPARE_BYTES = 1 << 28
 """What must be free beyond the weights: tokenizer, plan, manifest."""
 
@@ -64,7 +62,57 @@ def stream_student(
     """
     assert isinstance(teacher.base, Gemma4TextConfig)
     section = check_plan(plan, teacher.base)
-    config = student_config(teacher.base, section)
+    contents = _contents(teacher, student_config(teacher.base, section), towers)
+    _check_space(Path(folder), contents.size())
+    reports: list[TensorReport] = []
+
+    def write(partial: Path) -> Written:
+        slots = build_slots(FileSource(teacher.text), teacher.base, section, tokens, seed)
+        entries, report = _write_tensors(contents, slots, partial, beside)
+        reports.append(report)
+        write_plan(partial, plan)
+        _write_generation(teacher, partial)
+        finish(partial, report)
+        # Last, for a folder without a configuration is no model's.
+        config = contents.config
+        config.architectures, config.dtype = [TrihybridGemma4ForCausalLM.__name__], contents.dtype
+        config.save_pretrained(partial)
+        return Written(entries, {"tensors": vars(report)})
+
+    save_folder(folder, write)
+    return reports[-1]
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What the student's files hold.
+
+    Attributes:
+        teacher: the folder that it comes from.
+        config: the student's.
+        dtype: of the tensors that are made here: the teacher's.
+        kept: the student's name of a retained tensor -> where it lies.
+        slots: name of a tensor that is made here -> what it will be.
+        carried: the towers' tensors that go along.
+    """
+
+    teacher: PublishedTeacher
+    config: TrihybridGemma4Config
+    dtype: torch.dtype
+    kept: dict[str, TensorRange]
+    slots: dict[str, TensorShape]
+    carried: dict[str, TensorRange]
+
+    def weights(self) -> dict[str, TensorShape]:
+        """All tensors of the model, in the order of its file."""
+        return _shapes(self.kept) | self.slots
+
+    def size(self) -> int:
+        """Bytes of both files."""
+        return file_bytes(self.weights()) + (file_bytes(_shapes(self.carried)) if self.carried else 0)
+
+
+def _contents(teacher: PublishedTeacher, config: TrihybridGemma4Config, towers: bool) -> _Contents:
     wanted = {name: tuple(tensor.shape) for name, tensor in empty_student(config).state_dict().items()}
     if config.tie_word_embeddings:
         del wanted["lm_head.weight"]
@@ -72,100 +120,62 @@ def stream_student(
     kept = _retained(teacher, {name: shape for name, shape in wanted.items() if name not in made_here})
     dtype = DTYPES[kept["model.embed_tokens.weight"].dtype]
     slots = {name: TensorShape.of(dtype, shape) for name, shape in wanted.items() if name in made_here}
-    weights = {name: TensorShape.like(place) for name, place in kept.items()} | slots
-    carried = _in_file_order(teacher.towers) if towers else {}
-    aside = {name: TensorShape.like(place) for name, place in carried.items()}
-    _check_space(Path(folder), file_bytes(weights) + (file_bytes(aside) if aside else 0))
-    reports: list[TensorReport] = []
-
-    def write(partial: Path) -> Written:
-        made: set[str] = set()
-        used: set[str] = set()
-        built_slots = build_slots(FileSource(teacher.text), teacher.base, section, tokens, seed)
-        converted = sum(slot.converted for slot in config.slot_list())
-        files: dict[str, TensorWriter] = {}
-        # Both files are closed together at the end, for each close waits for the disk.
-        with ExitStack() as stack:
-            ahead = _Ahead(built_slots, converted, sum(tensor.length for tensor in slots.values()))
-            stack.enter_context(ahead)
-            others = ahead.also(beside, partial)
-            file = files[WEIGHTS] = stack.enter_context(TensorWriter(partial / WEIGHTS, weights))
-            for name, place in kept.items():
-                file.copy(name, place)
-            if carried:
-                (partial / TOWERS).mkdir()
-                path = f"{TOWERS}/{WEIGHTS}"
-                side = files[path] = stack.enter_context(TensorWriter(partial / path, aside))
-                for name, place in carried.items():
-                    side.copy(name, place)
-                for name in ("config.json", *PROCESSOR_FILES):
-                    if (teacher.folder / name).exists():
-                        shutil.copyfile(teacher.folder / name, partial / TOWERS / name)
-            for built in ahead:
-                prefix = f"model.layers.{built.index}.self_attn."
-                for name, parameter in built.slot.named_parameters():
-                    file.put(prefix + name, parameter.to(dtype))
-                made |= {prefix + name for name in built.inherited}
-                used |= built.sources
-            others.result()
-        reports.append(
-            TensorReport(
-                copied=len(kept),
-                made=sorted(made),
-                fresh=sorted(slots.keys() - made),
-                carried=sorted(carried),
-                left_out=sorted(teacher.towers.keys() - carried.keys()),
-                unused=sorted(
-                    [teacher.names[name] for name in teacher.text.keys() - kept.keys() - used]
-                    + teacher.strangers
-                ),
-            )
-        )
-        write_plan(partial, plan)
-        _write_generation(teacher, partial)
-        finish(partial, reports[-1])
-        # Last, for a folder without a configuration is no model's.
-        config.architectures, config.dtype = [TrihybridGemma4ForCausalLM.__name__], dtype
-        config.save_pretrained(partial)
-        entries = {path: written.entry for path, written in files.items()}
-        return Written(entries, {"tensors": vars(reports[-1])})
-
-    save_folder(folder, write)
-    return reports[-1]
+    return _Contents(teacher, config, dtype, kept, slots, _in_file_order(teacher.towers) if towers else {})
 
 
-class _Ahead:
-    """Slots that a thread builds while tensors are copied, as many ahead as memory is set aside for; and other work.
+def _write_tensors(
+    contents: _Contents, slots: Iterator[BuiltSlot], partial: Path, beside: Callable[[Path], object]
+) -> tuple[dict[str, dict[str, Any]], TensorReport]:
+    """Write weights and towers; returns the manifest's entries of both files, and what became of every tensor."""
+    made: set[str] = set()
+    used: set[str] = set()
+    converted = sum(slot.converted for slot in contents.config.slot_list())
+    length = sum(tensor.length for tensor in contents.slots.values())
+    files: dict[str, TensorWriter] = {}
+    # Both files are closed together at the end, for each close waits for the disk.
+    with ExitStack() as stack:
+        ahead = stack.enter_context(Ahead(slots, converted, length))
+        ahead.also(lambda: beside(partial))
+        files[WEIGHTS] = stack.enter_context(TensorWriter(partial / WEIGHTS, contents.weights()))
+        for name, place in contents.kept.items():
+            files[WEIGHTS].copy(name, place)
+            ahead.check()
+        if contents.carried:
+            _carry_settings(contents.teacher.folder, partial / TOWERS)
+            path = f"{TOWERS}/{WEIGHTS}"
+            files[path] = stack.enter_context(TensorWriter(partial / path, _shapes(contents.carried)))
+            for name, place in contents.carried.items():
+                files[path].copy(name, place)
+        for built in ahead:
+            prefix = f"model.layers.{built.index}.self_attn."
+            for name, parameter in built.slot.named_parameters():
+                files[WEIGHTS].put(prefix + name, parameter.to(contents.dtype))
+            made |= {prefix + name for name in built.inherited}
+            used |= built.sources
+        ahead.finish()
+    teacher = contents.teacher
+    unused = [teacher.names[name] for name in teacher.text.keys() - contents.kept.keys() - used]
+    report = TensorReport(
+        copied=len(contents.kept),
+        made=sorted(made),
+        fresh=sorted(contents.slots.keys() - made),
+        carried=sorted(contents.carried),
+        left_out=sorted(teacher.towers.keys() - contents.carried.keys()),
+        unused=sorted(unused + teacher.strangers),
+    )
+    return {path: file.entry for path, file in files.items()}, report
 
-    Args:
-        slots: the iterator that builds them.
-        count: how many it gives.
-        length: bytes of all of them in the file.
-    """
 
-    def __init__(self, slots: Iterator[BuiltSlot], count: int, length: int) -> None:
-        self._slots, self._count = slots, count
-        self._thread = ThreadPoolExecutor(1)
-        # While it waits, a slot is in float32, twice the bytes that it has in most files.
-        ahead = max(1, min(count, AHEAD_BYTES * count // max(2 * length, 1)))
-        self._pending = deque(self._thread.submit(next, slots) for _ in range(min(ahead, count)))
+def _carry_settings(source: Path, target: Path) -> None:
+    """The files that belong to the towers, beside their weights."""
+    target.mkdir()
+    for name in ("config.json", *PROCESSOR_FILES):
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
 
-    def also(self, work: Callable[[Path], object], folder: Path) -> Future[object]:
-        """Let the thread do something else when it has built what it may."""
-        return self._thread.submit(work, folder)
 
-    def __iter__(self) -> Iterator[BuiltSlot]:
-        for left in range(self._count, 0, -1):
-            built = self._pending.popleft().result()
-            if left - 1 > len(self._pending):
-                self._pending.append(self._thread.submit(next, self._slots))
-            yield built
-
-    def __enter__(self) -> "_Ahead":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
+def _shapes(ranges: dict[str, TensorRange]) -> dict[str, TensorShape]:
+    return {name: TensorShape.like(place) for name, place in ranges.items()}
 
 
 def _retained(teacher: PublishedTeacher, wanted: dict[str, tuple[int, ...]]) -> dict[str, TensorRange]:
