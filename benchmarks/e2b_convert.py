@@ -91,7 +91,7 @@ def make_tokenizer(folder: Path, size: int) -> None:
     """A BPE of `size` pieces: some hundred characters, and all pairs of them that there is room for."""
     specials = ["<pad>", "<eos>", "<bos>", "<unk>"]
     letters = [chr(0x61 + i) for i in range(26)]
-    letters += [chr(0x4E00 + i) for i in range(math.isqrt(size) - len(letters))]
+    letters += [chr(0x4E00 + i) for i in range(math.isqrt(size) + 1 - len(letters))]
     pairs = [(first, second) for first in letters for second in letters]
     pairs = pairs[: size - len(specials) - len(letters)]
     pieces = [*specials, *letters, *(first + second for first, second in pairs)]
