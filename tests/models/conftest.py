@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
-from trihybrid.models import digest, tensor_writer
+from trihybrid.models import digest, piece_writer
 from trihybrid.models.gemma4 import TrihybridGemma4Config, TrihybridGemma4ForCausalLM, register
 
 register()
@@ -176,6 +176,6 @@ def checkpointing() -> Callable[..., None]:
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> int:
     """Files are hashed and written in pieces of so few bytes that tensors span several."""
-    for module in (digest, tensor_writer):
+    for module in (digest, piece_writer):
         monkeypatch.setattr(module, "PIECE", 100)
     return 100

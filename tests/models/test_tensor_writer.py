@@ -1,6 +1,7 @@
 """Files that are written front to back, read by safetensors."""
 
 import errno
+import logging
 import os
 import threading
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trihybrid.models import digest, piece_writer
 from trihybrid.models.digest import file_entry
 from trihybrid.models.tensor_files import DTYPES, read_header
 from trihybrid.models.tensor_writer import TensorShape, TensorWriter, file_bytes
@@ -113,6 +115,69 @@ def test_a_disk_that_takes_nothing_is_not_asked_for_ever(
     monkeypatch.setattr(os, "pwrite", lambda *_: 0)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "f", {"a": torch.zeros(1)})
+
+
+@pytest.fixture
+def sectors(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Pieces of two sectors, which may go past the page cache."""
+    for module in (digest, piece_writer):
+        monkeypatch.setattr(module, "PIECE", 2 * piece_writer.SECTOR)
+    return 2 * piece_writer.SECTOR
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_whole_pieces_go_past_the_page_cache_and_the_rest_through_it(
+    tmp_path: Path, sectors: int, monkeypatch: pytest.MonkeyPatch, part: bool
+) -> None:
+    """Also where the disk takes a part of a piece, whole sectors of it or not."""
+    direct: set[int] = set()
+    written: list[tuple[bool, int, int]] = []
+    plain_open, plain_pwrite = piece_writer._open_direct, os.pwrite
+
+    def open_direct(path: Path) -> int | None:
+        handle = plain_open(path)
+        assert handle is not None, "the tests' own disk takes direct writes"
+        direct.add(handle)
+        return handle
+
+    def pwrite(handle: int, data: memoryview, offset: int) -> int:
+        if part and len(data) > 5_000:
+            data = data[: 4096 if offset % 3 else 5_000] if handle not in direct else data[:4096]
+        count = plain_pwrite(handle, data, offset)
+        written.append((handle in direct, count, offset))
+        return count
+
+    monkeypatch.setattr(piece_writer, "_open_direct", open_direct)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    tensors = {str(i): torch.randn(1_500 + i) for i in range(20)}
+    file = write(tmp_path / "f", tensors)
+    assert all(torch.equal(load_file(tmp_path / "f")[name], tensor) for name, tensor in tensors.items())
+    assert file.entry == file_entry(tmp_path / "f")
+    whole = file_bytes(shapes(tensors)) // sectors * sectors
+    assert sum(count for past, count, _ in written if past) == whole
+    assert all(count % 4096 == offset % 4096 == 0 for past, count, offset in written if past)
+
+
+def test_a_file_system_without_direct_writes_is_written_through_the_cache(
+    tmp_path: Path, sectors: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = os.open
+
+    def refuse(path: Path, flags: int, *mode: int) -> int:
+        if flags & piece_writer.DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return plain(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    tensors = {str(i): torch.randn(1_500) for i in range(20)}
+    with caplog.at_level(logging.INFO, logger="trihybrid"):
+        file = write(tmp_path / "f", tensors)
+    monkeypatch.undo()
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path / 'f'}: written through the page cache; its file system takes no direct writes"
+    ]
+    assert all(torch.equal(load_file(tmp_path / "f")[name], tensor) for name, tensor in tensors.items())
+    assert file.entry["bytes"] == (tmp_path / "f").stat().st_size
 
 
 def test_writes_that_take_a_part_are_gone_on_with(

@@ -12,7 +12,7 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from tiny_gemma4 import VOCABULARY, base_config, build_teacher
 from tiny_published import write_published
-from trihybrid.models import digest, tensor_writer
+from trihybrid.models import digest, piece_writer
 from trihybrid.models.checkpoint import open_teacher
 from trihybrid.surgery.plan import make_plan
 from trihybrid.surgery.section import Rwkv7Section, SurgerySection, TicaSection
@@ -78,5 +78,5 @@ def plan_of(make_section: Callable) -> Callable[..., dict]:
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files in pieces of 5,000 bytes: some tensors span several, some pieces hold several tensors."""
-    for module in (digest, tensor_writer):
+    for module in (digest, piece_writer):
         monkeypatch.setattr(module, "PIECE", 5_000)

@@ -107,9 +107,9 @@ SURGERY = (
 )  # fmt: skip
 KILL = """
 import os, signal, sys
-from trihybrid.models import tensor_writer
+from trihybrid.models import piece_writer
 from trihybrid.models.tensor_writer import TensorWriter
-tensor_writer.PIECE = 5_000
+piece_writer.PIECE = 5_000
 where, count = {where!r}, {count}
 for name in ("copy", "put"):
     def call(self, *arguments, plain=getattr(TensorWriter, name), name=name):

@@ -1,16 +1,14 @@
 """Writing a safetensors file front to back, its header first, from ranges of other files and from tensors in memory.
 
-A header needs names, dtypes and shapes alone, so the file never stands in memory: it passes through four buffers of
-16 MiB. While one is filled, those before it are written and hashed by threads of their own.
+A header needs names, dtypes and shapes alone, so the file never stands in memory: it passes through the buffers of a
+`PieceWriter`.
 """
 
-import errno
 import json
 import math
 import os
 import struct
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,10 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trihybrid.models.digest import PIECE, THREADS, entry, piece_digest
+from trihybrid.models.piece_writer import PieceWriter
 from trihybrid.models.tensor_files import NAMES, TensorRange, read_into
-
-BUFFERS = 4
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class TensorWriter:
         self.entry: dict[str, Any] = {}
         self._path = path
         self._tensors, self._names = dict(tensors), iter(tensors)
-        self._pieces = _Pieces(path)
+        self._pieces = PieceWriter(path)
         self._sources: dict[Path, int] = {}
         try:
             self._give(memoryview(header_bytes(tensors)))
@@ -133,64 +129,3 @@ class TensorWriter:
             space[:] = data[: len(space)]
             self._pieces.advance(len(space))
             data = data[len(space) :]
-
-
-class _Pieces:
-    """The bytes of a file in pieces: filled here, written and hashed by threads."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        self._pool = ThreadPoolExecutor(1 + THREADS)
-        self._buffers = [memoryview(bytearray(PIECE)) for _ in range(BUFFERS)]
-        self._writes: list[Future[None]] = []
-        self._digests: list[Future[bytes]] = []
-        self._filled = 0
-
-    def space(self) -> memoryview:
-        """What is free of the current piece; never empty."""
-        return self._current()[self._filled :]
-
-    def advance(self, count: int) -> None:
-        """`count` bytes of `space` were filled."""
-        self._filled += count
-        if self._filled == PIECE:
-            self._send()
-
-    def close(self) -> dict[str, Any]:
-        if self._filled or not self._writes:
-            self._send()
-        try:
-            for write in self._writes[-BUFFERS:]:
-                write.result()
-            os.fsync(self._handle)
-            size = os.fstat(self._handle).st_size
-            return entry(size, [digest.result() for digest in self._digests])
-        finally:
-            self.abandon()
-
-    def abandon(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        os.close(self._handle)
-
-    def _current(self) -> memoryview:
-        return self._buffers[len(self._writes) % BUFFERS]
-
-    def _send(self) -> None:
-        piece, offset = self._current()[: self._filled], len(self._writes) * PIECE
-        self._writes.append(self._pool.submit(self._write, piece, offset))
-        self._digests.append(self._pool.submit(piece_digest, piece))
-        self._filled = 0
-        # The buffer that comes next is free when its piece, BUFFERS before, is written and hashed.
-        before = len(self._writes) - BUFFERS
-        if before >= 0:
-            self._writes[before].result()
-            self._digests[before].result()
-
-    def _write(self, piece: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(piece):
-            count = os.pwrite(self._handle, piece[done:], offset + done)
-            if not count:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
-            done += count
