@@ -4,16 +4,22 @@
 
 FOLDER of the corpus holds text (train*.jsonl.xz, val.jsonl.xz) and a SentencePiece model, or what `trihybrid data` made
 of them. Every call first times steps of the stock baseline on the same chip, the yardstick that its rows are printed
-against, and the chip's own matrix product. A row is left in the folder of --out as JSON; `python benchmarks/results.py`
-merges them into docs/results.md.
+against, and the chip's own matrix product. Then it trains the rows one after another, alone on the chip, and packs and
+scores them all at once. A row is left in the folder of --out as JSON; `python benchmarks/results.py` merges them into
+docs/results.md. A row that fails is named, and the exit code is 1.
 """
 
 import argparse
+import gc
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +33,7 @@ from trihybrid.pretrain.compact import CompactTask
 from trihybrid.recipe.compact import CompactRecipe, read_compact
 from trihybrid.recipe.execute_compact import execute_compact
 from trihybrid.recipe.fields import dump_recipe
+from trihybrid.recipe.train_compact import train_compact
 from trihybrid.train import build_optimizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -38,6 +45,8 @@ def steps(count: int, *others: str) -> list[str]:
     return ["train.loop.seconds=null", f"train.loop.steps={count}", *others]
 
 
+SMALL = "train.loop.batch_size=128"
+
 ROWS: dict[str, tuple[str, list[str]]] = {
     "dense-9x512": ("dense-9x512", []),
     "dense-9x512-393": ("dense-9x512", steps(393)),
@@ -46,15 +55,25 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "dense-11": ("dense-11", []),
     "compact-best": ("compact-best", []),
     "compact-rwkv7": ("compact-rwkv7", []),
+    # As many steps as dense-11 makes in 120 s.
+    "compact-best-2640": ("compact-best", steps(2640)),
     # The seed author's claims, at equal steps: one token back is enough, U-Net skips hurt, the hybrid gains a step.
-    "seed-1007-400": ("seed-1007", steps(400)),
-    "seed-1007-400-back3": ("seed-1007", steps(400, "model.legend.T={mixer: token_shift, back: 3}")),
-    "seed-1007-400-back5": ("seed-1007", steps(400, "model.legend.T={mixer: token_shift, back: 5}")),
-    "seed-1007-400-unet": ("seed-1007", steps(400, "model.skips=unet")),
-    "seed-1007-400-dense": ("seed-1007", steps(400, "model.pattern=F * 11")),
-    "dense-11-1500": ("dense-11", steps(1500)),
-    "compact-best-1500": ("compact-best", steps(1500)),
+    "seed-1007-400": ("seed-1007", steps(400, SMALL)),
+    "seed-1007-400-back3": ("seed-1007", steps(400, SMALL, "model.legend.T={mixer: token_shift, back: 3}")),
+    "seed-1007-400-back5": ("seed-1007", steps(400, SMALL, "model.legend.T={mixer: token_shift, back: 5}")),
+    "seed-1007-400-unet": ("seed-1007", steps(400, SMALL, "model.skips=unet")),
+    "seed-1007-400-dense": ("seed-1007", steps(400, SMALL, "model.pattern=F * 11")),
 }
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A row between its training and its score, which another process makes."""
+
+    row: str
+    chosen: CompactRecipe
+    folder: Path
+    memory_bytes: int
 
 
 def main() -> int:
@@ -84,21 +103,31 @@ def main() -> int:
             f"matrix product {peak / 1e12:.0f} TFLOP/s; {YARDSTICK}: {1e3 * yardstick:.1f} ms a step",
             flush=True,
         )
+        trained, failed = [], []
         for row in given.rows:
-            name, _, seed = row.partition("@")
-            source, changes = ROWS[name]
-            changes = [*changes, *given.overrides, *([f"train.loop.seed={seed}"] if seed else [])]
-            chosen = recipe(source, changes, corpus)
-            if given.seconds is not None and chosen.train.loop.seconds is not None:
-                chosen.train.loop.seconds = given.seconds
-            if given.profile:
-                profile(chosen)
-            folder = (given.runs or Path(scratch)) / row
-            measured = run(row, chosen, folder, yardstick, peak)
-            given.out.mkdir(parents=True, exist_ok=True)
-            (given.out / f"{row}.json").write_text(json.dumps(measured, indent=1) + "\n")
-            print(line(measured), flush=True)
-    return 0
+            chosen = row_recipe(row, given.overrides, given.seconds, corpus)
+            try:
+                if given.profile:
+                    profile(chosen)
+                trained.append(train(row, chosen, (given.runs or Path(scratch)) / row))
+            except Exception:  # a row must not cost the others, which take minutes each
+                failed.append(row)
+                traceback.print_exc()
+        given.out.mkdir(parents=True, exist_ok=True)
+        failed += score(trained, yardstick, peak, given.out)
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def row_recipe(row: str, overrides: list[str], seconds: float | None, corpus: Path) -> CompactRecipe:
+    """The recipe of ROW or ROW@SEED."""
+    name, _, seed = row.partition("@")
+    source, changes = ROWS[name]
+    chosen = recipe(source, [*changes, *overrides, *([f"train.loop.seed={seed}"] if seed else [])], corpus)
+    if seconds is not None and chosen.train.loop.seconds is not None:
+        chosen.train.loop.seconds = seconds
+    return chosen
 
 
 def tokens(corpus: Path, folder: Path) -> Path:
@@ -127,30 +156,61 @@ def recipe(name: str, changes: list[str], corpus: Path) -> CompactRecipe:
     return read_compact(RECIPES / f"{name}.yaml", [*place, *changes])
 
 
-def run(row: str, chosen: CompactRecipe, folder: Path, yardstick: float, peak: float) -> dict[str, Any]:
-    """Train, pack, reload, score: what results.json says, and what the row adds to it."""
-    began = time.perf_counter()
-    results = execute_compact(chosen, folder, code_bytes=bundle_size(dump_recipe(chosen)))
+def train(row: str, chosen: CompactRecipe, folder: Path) -> Trained:
+    """Train a row, alone on the chip."""
+    torch.cuda.reset_peak_memory_stats()
+    summary = train_compact(chosen, folder)
+    memory = torch.cuda.max_memory_allocated()
+    print(f"{row}: {summary.steps} steps in {summary.seconds:.1f} s, loss {summary.loss:.4f}", flush=True)
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return Trained(row, chosen, folder, memory)
+
+
+def score(trained: list[Trained], yardstick: float, peak: float, out: Path) -> list[str]:
+    """Finish rows side by side, each in a process; the names of those that failed."""
+    if not trained:
+        return []
+    failed = []
+    threads = max(1, torch.get_num_threads() // len(trained))
+    with ProcessPoolExecutor(len(trained), multiprocessing.get_context("spawn")) as pool:
+        rows = {pool.submit(finish, done, yardstick, peak, threads): done.row for done in trained}
+        for future in as_completed(rows):
+            try:
+                measured = future.result()
+            except Exception:
+                failed.append(rows[future])
+                traceback.print_exc()
+                continue
+            name = rows[future].replace("@", "-seed")
+            (out / f"{name}.json").write_text(json.dumps(measured, indent=1) + "\n")
+            print(line(measured), flush=True)
+    return failed
+
+
+def finish(done: Trained, yardstick: float, peak: float, threads: int) -> dict[str, Any]:
+    """Pack, reload, score: what results.json says, and what the row adds to it."""
+    torch.set_float32_matmul_precision("high")
+    torch.set_num_threads(threads)
+    chosen = done.chosen
+    results = execute_compact(chosen, done.folder, resume=True, code_bytes=bundle_size(dump_recipe(chosen)))
     assert results is not None
     loop = chosen.train.loop
     with torch.device("meta"):
         model = CompactModel(chosen.model, 1024)
     # A token sees half a row on average; the backward pass costs twice the forward.
     flops = 3 * model.cost(loop.sequence_length // 2).flops * loop.batch_size * loop.sequence_length
-    seconds = results["ms_per_step"] / 1e3
-    torch._dynamo.reset()
-    torch.cuda.empty_cache()
     return {
-        "row": row,
+        "row": done.row,
         "tokens_per_step": loop.batch_size * loop.sequence_length,
         "yardstick_ms": 1e3 * yardstick,
         "matmul_flops": peak,
-        "model_flops_utilisation": flops / seconds / peak,
+        "model_flops_utilisation": flops / (results["ms_per_step"] / 1e3) / peak,
         "isolated": chosen.evaluation.isolated,
-        "wall_seconds": time.perf_counter() - began,
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "memory_bytes": torch.cuda.max_memory_allocated(),
+        "memory_bytes": done.memory_bytes,
         **results,
     }
 
@@ -159,12 +219,14 @@ def line(row: dict[str, Any]) -> str:
     """One row for the terminal."""
     bpb = row["bpb"]
     sliding = "" if bpb["sliding"] is None else f" (sliding {bpb['sliding']['decoded']:.4f})"
+    # Not known of a part of the text.
+    raw = "" if bpb["chunked"]["raw"] is None else f", raw {bpb['chunked']['raw']:.4f}"
     return (
         f"{row['row']}: {row['parameters']:,} parameters, {row['steps']} steps of {row['tokens_per_step']:,} tokens, "
         f"{row['ms_per_step']:.1f} ms a step (yardstick {row['yardstick_ms']:.1f}), "
         f"{100 * row['model_flops_utilisation']:.0f} % of the matrix product; "
-        f"bpb {bpb['chunked']['decoded']:.4f}{sliding}, raw {bpb['chunked']['raw']:.4f}, gap {row['gap']:+.4f}; "
-        f"{row['total_bytes']:,} bytes; {row['wall_seconds']:.0f} s in all"
+        f"bpb {bpb['chunked']['decoded']:.4f}{sliding}{raw}, gap {row['gap']:+.4f}; "
+        f"{row['total_bytes']:,} bytes; {row['memory_bytes'] / 2**30:.1f} GiB"
     )
 
 

@@ -63,7 +63,7 @@ def make_checkpoint(folder: Path) -> int:
     """Write the folder; returns the size of its weights."""
     import torch
 
-    from trihybrid.models.tensor_writer import TensorShape, header_bytes
+    from trihybrid.storage.tensor_writer import TensorShape, header_bytes
 
     shapes, fields = published_shapes()
     tensors = {name: TensorShape.of(torch.bfloat16, shape) for name, shape in shapes.items()}

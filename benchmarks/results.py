@@ -20,7 +20,8 @@ HEAD = (
 def main() -> int:
     """Rewrite the table between the two marks."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks" / "rows"
-    rows = [json.loads(file.read_text()) for file in sorted((folder / "compact").glob("*.json"))]
+    rows = [json.loads(file.read_text()) for file in (folder / "compact").glob("*.json")]
+    rows.sort(key=lambda row: row["row"])
     page = ROOT / "docs" / "results.md"
     before, _, rest = page.read_text().partition(START)
     after = rest.partition(END)[2]

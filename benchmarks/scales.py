@@ -13,7 +13,7 @@ import sys
 
 from trihybrid.data import Tokenizer, read_documents
 from trihybrid.models.checkpoint import open_teacher
-from trihybrid.models.source import FileSource
+from trihybrid.models.teacher.source import FileSource
 from trihybrid.recipe.convert import text_blocks
 from trihybrid.recipe.load import load_section
 from trihybrid.surgery.section import SurgerySection

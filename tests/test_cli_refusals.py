@@ -38,10 +38,18 @@ def test_a_demo_that_cannot_run_leaves_the_earlier_one(micro: ModuleType, tmp_pa
     assert micro.listing(tmp_path) == before
 
 
-def foreign(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
+def other_config(folder: Path, model_type: str) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "hidden_size": 8}))
     save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
     (folder / "trihybrid.json").unlink()
+
+
+def foreign(folder: Path) -> None:
+    other_config(folder, "gpt2")
+
+
+def impossible(folder: Path) -> None:
+    other_config(folder, "llama")
 
 
 def truncate(folder: Path) -> None:
@@ -71,7 +79,11 @@ def remove(folder: Path) -> None:
 
 BROKEN = [
     (remove, "no such model folder"),
-    (foreign, 'model_type is "llama"; '),
+    (foreign, 'model_type is "gpt2"; this version reads teachers and their converted students'),
+    (
+        impossible,
+        "config.json cannot be: The hidden size (8) is not a multiple of the number of attention heads",
+    ),
     (truncate, "the file is cut short or damaged"),
     (truncate_header, "truncated: 5 bytes"),
     (flip, "its sha256 is not the one in trihybrid.json"),
@@ -196,7 +208,7 @@ def test_conversions_that_cannot_be_are_refused(
     assert "slot 0 is a sliding layer" in refused("--pattern", "RRR", *surgery)
     assert "surgery: share_kv: Input should be 'own' or 'teacher'" in refused("--share-kv", "all", *surgery)
     assert "surgery: rwkv: Extra inputs are not permitted" in refused("--set", "rwkv.head_dim=8")
-    assert "head_dim is 128; it must divide" in refused("--text", micro_texts)
+    assert "head_dim is 6; it must divide" in refused("--text", micro_texts, "--set", "rwkv7.head_dim=6")
     assert "leave --pattern, --share-kv and --set away" in refused("--plan", "plan.json", "--pattern", "SRR")
     assert "is neither a folder nor a .txt or .jsonl file" in refused(
         "--text", micro_run / "recipe.yaml", *surgery

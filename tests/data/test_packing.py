@@ -83,6 +83,16 @@ def test_the_order_is_pinned(tmp_path: Path) -> None:
     ]
 
 
+def test_without_a_seed_the_order_is_that_of_the_stream(tmp_path: Path) -> None:
+    batches = PackedBatches(shards_of(tmp_path, [100]), 10, 4, seed=None)
+    assert [batches.windows_of(step).tolist() for step in range(4)] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, 0, 1],
+        [2, 3, 4, 5],
+    ]
+
+
 def test_epochs_differ(shards: TokenShards) -> None:
     batches = PackedBatches(shards, 2, 1, seed=0)
     epochs = [

@@ -33,6 +33,19 @@ def gemma_like() -> tokenizers.Tokenizer:
     return backend
 
 
+def mistral_like() -> tokenizers.Tokenizer:
+    """As `gemma_like`, with the space that Llama 2 and Mistral put before a text and strip again when they decode."""
+    backend = gemma_like()
+    backend.no_truncation()
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return backend
+
+
 def test_the_table_of_ids() -> None:
     assert (BYTES.pad_id, BYTES.eos_id, BYTES.bos_id, BYTES.vocab_size) == (0, 1, 2, 260)
     text = "\x00 aZ~\u00e9\U0001f600\n"
@@ -95,6 +108,49 @@ def test_byte_fallback_is_counted_as_decoded(text: str) -> None:
     assert tokenizer.decode(ids) == text
     assert tokenizer.bytes_of(ids) == sum(tokenizer.bytes_of([number]) for number in ids)
     assert tokenizer.bytes_of(ids) == len(text.encode())
+
+
+@settings(deadline=None, max_examples=50, derandomize=True)
+@given(text=st.text(alphabet=st.sampled_from("ab \u00e9\U0001f600z<>0xe"), max_size=40))
+def test_a_space_that_the_decoder_strips_is_not_counted(text: str) -> None:
+    """At the head of a document only, where the tokenizer had put it."""
+    tokenizer = Tokenizer(mistral_like(), "<bos>", "<eos>", "<pad>")
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.bytes_of(ids) == len(text.encode())
+    assert tokenizer.bytes_of([tokenizer.bos_id, *ids]) == len(text.encode())
+    base_V, lead_V, border_V = tokenizer.byte_rules()
+    assert {number for number in range(tokenizer.vocab_size) if border_V[number]} == {0, 1, 2, 3}
+    assert [number for number in range(tokenizer.vocab_size) if lead_V[number]] == [260, 265, 266]
+    assert base_V[[260, 265, 266]].tolist() == [0, 2, 1]
+
+
+def test_what_the_tokenizer_does_not_name_is_the_models(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Qwen names no BOS, Llama and Mistral no padding."""
+    backend = gemma_like()
+    fields = json.loads(backend.to_str())
+    text = json.dumps(fields).replace("<bos>", "<|endoftext|>").replace("<pad>", "<|reserved|>")
+    (tmp_path / "tokenizer.json").write_text(text)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "eos_token": "<eos>"}))
+    with pytest.raises(ValueError, match="bos_token '<bos>' is not in the tokenizer's vocabulary"):
+        Tokenizer.from_file(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 2, "eos_token_id": [3, 1]}))
+    with caplog.at_level("INFO", logger="trihybrid.data.tokens"):
+        tokenizer = Tokenizer.from_file(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (2, 1, 1)
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "bos_token is <|endoftext|>, by config.json",
+        "no pad_token; rows are filled with <eos>",
+    ]
+    tokenizer.save(tmp_path / "saved")
+    again = Tokenizer.from_file(tmp_path / "saved")
+    assert (again.bos_id, again.eos_id, again.pad_id) == (2, 1, 1)
+    nested = {"text_config": {"bos_token_id": 3, "pad_token_id": 0}}
+    (tmp_path / "config.json").write_text(json.dumps(nested))
+    nested_tokenizer = Tokenizer.from_file(tmp_path)
+    assert (nested_tokenizer.bos_id, nested_tokenizer.pad_id) == (3, 0)
 
 
 def test_a_loaded_tokenizer_gets_a_bos_and_loses_truncation(tmp_path: Path) -> None:

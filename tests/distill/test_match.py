@@ -21,6 +21,8 @@ KINDS = [
     ({"pattern": "SSR SSF SSF"}, ()),
     # Layer 4 lends its keys and values to layers 6 and 7.
     ({}, (SLIDING, LENT, "model.layers.1.mlp.down_proj.weight")),
+    # Both streams part at layer 6, which reads what layer 4 has shared below.
+    ({"pattern": "SSF SSF SSR"}, ("model.layers.6.mlp.down_proj.weight",)),
 ]
 
 

@@ -10,7 +10,7 @@ from transformers import Gemma4TextConfig
 from trihybrid.mixers.attention import Attention, AttentionOptions
 from trihybrid.mixers.contract import Cost, Mixer
 from trihybrid.mixers.front import Front, FrontOptions
-from trihybrid.mixers.rwkv7 import Rwkv7, Rwkv7Options
+from trihybrid.mixers.rwkv7 import REVISIONS, Rwkv7, Rwkv7Options
 from trihybrid.mixers.state import RecurrentState
 from trihybrid.mixers.tica import Tica, TicaOptions
 from trihybrid.mixers.token_shift import TokenShift, TokenShiftOptions
@@ -31,6 +31,8 @@ TEACHER = Gemma4TextConfig(
     max_position_embeddings=128,
 )
 RWKV7 = Rwkv7Options(WIDTH, heads=4, kv_heads=2, head_dim=8, decay_rank=5, iclr_rank=6, gate_rank=7)
+BIASED = replace(RWKV7, input_bias=True, output_bias=True)
+RANKS = {"value_residual_rank": 4, "key_residual_rank": 3, "value_lora_rank": 5}
 TICA = TicaOptions(WIDTH, heads=4, kv_heads=2, head_dim=8, gate_rank=5)
 
 
@@ -43,8 +45,17 @@ def retained(index: int, implementation: str = "sdpa"):
     return build
 
 
-def rwkv7(backend: str, index: int = 1, donor: int | None = None):
-    return lambda dtype, seed: randomise(Rwkv7(RWKV7, index, donor, backend), seed).to(dtype)
+def rwkv7(backend: str, index: int = 1, donor: int | None = None, options: Rwkv7Options = RWKV7):
+    return lambda dtype, seed: randomise(Rwkv7(options, index, donor, backend), seed).to(dtype)
+
+
+def revision(name: str, backend: str, index: int, **changes):
+    """A slot of a published revision; slot 1 is the first one."""
+    fixed = REVISIONS[name]
+    fields = fixed.fields(None if fixed.rope == "never" else 50.0, RANKS) | changes
+    options = replace(RWKV7, **fields)
+    first = None if index == 1 else 1
+    return lambda dtype, seed: randomise(Rwkv7(options, index, None, backend, first), seed).to(dtype)
 
 
 def tica(index: int = 1, donor: int | None = None):
@@ -106,12 +117,32 @@ SUBJECTS = [
     Subject("sliding shared", retained(2), WIDTH, donor=retained(0), float32_inside=True),
     Subject("rwkv7 reference", rwkv7("reference"), WIDTH, document_state=True),
     Subject("rwkv7 chunked", rwkv7("chunked"), WIDTH, reference=rwkv7("reference"), document_state=True),
+    Subject("rwkv7 biased", rwkv7("chunked", options=BIASED), WIDTH, document_state=True),
     Subject(
         "rwkv7 shared",
         rwkv7("chunked", 2, 1),
         WIDTH,
         donor=rwkv7("chunked"),
         reference=rwkv7("reference", 2, 1),
+        document_state=True,
+    ),
+    *(
+        Subject(
+            name,
+            revision(name, "chunked", 2),
+            WIDTH,
+            donor=revision(name, "chunked", 1),
+            reference=revision(name, "reference", 2),
+            document_state=True,
+        )
+        for name in REVISIONS
+    ),
+    Subject(
+        "rwkv7 with biases, without norms",
+        revision("hxa07d", "chunked", 2, input_bias=True, output_bias=True, qk_norm=False),
+        WIDTH,
+        donor=revision("hxa07d", "chunked", 1, qk_norm=False),
+        reference=revision("hxa07d", "reference", 2, input_bias=True, output_bias=True, qk_norm=False),
         document_state=True,
     ),
     Subject("tica", tica(), WIDTH),

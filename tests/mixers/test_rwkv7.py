@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from trihybrid.mixers import rwkv7 as module
 from trihybrid.mixers.contract import Shared, copy_into
 from trihybrid.mixers.rwkv7 import DECAY_FLOOR, Rwkv7, Rwkv7Options, write_gate
+from trihybrid.mixers.rwkv7 import mixer as module
 from trihybrid.mixers.span import contiguous, from_lengths, packed, padded
 from trihybrid.mixers.state import KeyValueState, RecurrentState
 from trihybrid.testing import randomise, relative_error
@@ -37,7 +37,10 @@ def by_hand(mixer, x_TD):
     states = [torch.zeros(width, width, dtype=torch.float64) for _ in range(SMALL.heads)]
     outputs = []
     for x in x_TD:
-        r, k, v = (p[f"{name}.weight"] @ x for name in ("receptance", "key", "value"))
+        r, k, v = (
+            p[f"{name}.weight"] @ x + p.get(f"{name}.bias", torch.zeros(()))
+            for name in ("receptance", "key", "value")
+        )
         u = p["w0"] + torch.tanh(x @ p["w1"]) @ p["w2"]
         decay = torch.exp(-torch.exp(-torch.log(1 + torch.exp(-u)) - 0.5))
         iclr = sigmoid(p["a0"] + (x @ p["a1"]) @ p["a2"])
@@ -56,13 +59,17 @@ def by_hand(mixer, x_TD):
                 torch.diag(decay[own]) @ before + torch.outer(b, a @ before) + torch.outer(k_head, v[group])
             )
             reads.append(states[head].T @ r_head / math.sqrt(width))
-        outputs.append(p["output.weight"] @ (torch.cat(reads) * gate))
+        outputs.append(p["output.weight"] @ (torch.cat(reads) * gate) + p.get("output.bias", torch.zeros(())))
     return torch.stack(outputs), torch.stack(states)
 
 
+@pytest.mark.parametrize("biases", [{}, {"input_bias": True}, {"input_bias": True, "output_bias": True}])
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
-def test_equations_by_hand(backend):
-    mixer = small(backend=backend)
+def test_equations_by_hand(backend, biases):
+    mixer = small(backend=backend, **biases)
+    names = {name for name, _ in mixer.named_parameters() if name.endswith("bias")}
+    assert len(names) == 3 * ("input_bias" in biases) + ("output_bias" in biases)
+    assert all(mixer.get_parameter(name).any() for name in names)
     x_BTD = torch.randn(2, 19, 12, dtype=torch.float64)
     y_BTD, state = mixer(x_BTD, contiguous(2, 19), None, Shared())
     for row in range(2):
@@ -223,3 +230,19 @@ def test_wrong_state_and_unknown_backend_are_refused():
         small(dtype=torch.float32)(x_BTD, span, KeyValueState(empty, empty), Shared())
     with pytest.raises(ValueError, match="no backend 'fastest'"):
         small(dtype=torch.float32, backend="fastest")(x_BTD, span, None, Shared())
+
+
+def test_biases_are_vectors_and_start_at_zero():
+    mixer = Rwkv7(Rwkv7Options(**vars(SMALL) | {"input_bias": True, "output_bias": True}), 1)
+    for parameter in mixer.parameters():
+        torch.nn.init.constant_(parameter, 3.0)
+    mixer.initialise(1, 4, copy_into)
+    biases = {name: p for name, p in mixer.named_parameters() if name.endswith("bias")}
+    assert set(biases) == {f"{name}.bias" for name in ("receptance", "key", "value", "output")}
+    assert not any(bias.any() for bias in biases.values())
+    assert {mixer.roles()[name] for name in biases} == {"vector"}
+    reader = Rwkv7(mixer.options, 2, donor=1)
+    assert {n for n, _ in reader.named_parameters() if n.endswith("bias")} == {
+        "receptance.bias",
+        "output.bias",
+    }

@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
-from trihybrid.models import digest, piece_writer
-from trihybrid.models.gemma4 import TrihybridGemma4Config, TrihybridGemma4ForCausalLM, register
+from random_weights import randomise
+from trihybrid.models.families import register
+from trihybrid.models.gemma4 import TrihybridGemma4Config, TrihybridGemma4ForCausalLM
 
 register()
 
 VOCABULARY = 97
 # Layers 4 and 5 read the keys and values of 2 (sliding) and 3 (full).
 SLIDING, FULL = {"mixers": ["sliding"]}, {"mixers": ["full"]}
+WINDOWED = {"mixers": ["sliding"], "window": 8}
 BOTH, RECURRENT, TICA = {"mixers": ["rwkv7", "tica"]}, {"mixers": ["rwkv7"]}, {"mixers": ["tica"]}
 TICA_SHARED = {"mixers": ["rwkv7", "tica"], "donors": {"tica": 1}}
 RWKV7_SHARED = {"mixers": ["rwkv7", "tica"], "donors": {"rwkv7": 3}}
@@ -32,9 +34,11 @@ LAYOUTS = {
     "partial": [SLIDING, BOTH, SLIDING, FULL, SLIDING, FULL],
     "tica_alone": [SLIDING, TICA, SLIDING, TICA_ALONE_SHARED, SLIDING, RECURRENT],
     "recurrence_first": [RECURRENT, RECURRENT, SLIDING, FULL, SLIDING, FULL],
+    # Global layers that see a window; the last reads the keys and values of the one before.
+    "windowed": [SLIDING, BOTH, SLIDING, WINDOWED, SLIDING, WINDOWED],
 }
 # One of each way in which transformers' cache sees a converted slot, for the slow tests.
-TYPICAL = ["tica_everywhere", "rwkv7_only", "tica_shared", "tica_alone", "recurrence_first"]
+TYPICAL = ["tica_everywhere", "rwkv7_only", "tica_shared", "tica_alone", "recurrence_first", "windowed"]
 
 
 def make_teacher_config(**changes: Any) -> Gemma4TextConfig:
@@ -66,22 +70,6 @@ def make_config(layout: str, **changes: Any) -> TrihybridGemma4Config:
         rwkv7={"heads": 4, "kv_heads": 2, "head_dim": 8, "decay_rank": 4, "iclr_rank": 4, "gate_rank": 4},
         tica={"heads": 2, "kv_heads": 1, "head_dim": 8, "gate_rank": 4},
     )
-
-
-@torch.no_grad()
-def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Weights at which every part shows in the logits: nothing zero (TICA's output projection starts there), no norm
-    or layer scalar at one."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        noise = torch.randn(tensor.shape, generator=generator)
-        if name.endswith(("w0", "a0", "g2")):
-            tensor.add_(0.1 * noise)
-        elif "norm" in name or name.endswith("layer_scalar"):
-            tensor.copy_(1 + 0.1 * noise)
-        elif tensor.dim() == 2:
-            # An embedding is multiplied by the root of its width.
-            tensor.copy_(noise * (0.5 if "embed" in name else tensor.shape[-1] ** -0.5))
 
 
 @pytest.fixture
@@ -171,11 +159,3 @@ def checkpointing() -> Callable[..., None]:
         switch(options)
 
     return enable
-
-
-@pytest.fixture
-def pieces(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Files are hashed and written in pieces of so few bytes that tensors span several."""
-    for module in (digest, piece_writer):
-        monkeypatch.setattr(module, "PIECE", 100)
-    return 100

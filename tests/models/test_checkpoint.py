@@ -13,16 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
-from trihybrid.models.checkpoint import (
-    MANIFEST,
-    Written,
-    check_folder,
-    load_model,
-    load_teacher,
-    load_teacher_config,
-    save_folder,
-)
+from trihybrid.models.checkpoint import load_model, load_teacher, load_teacher_config
 from trihybrid.models.gemma4 import TrihybridGemma4Config, TrihybridGemma4ForCausalLM
+from trihybrid.storage.folder import MANIFEST, Written, check_folder, save_folder
 
 
 def tiny_config() -> Gemma4TextConfig:
@@ -285,8 +278,8 @@ def test_a_damaged_manifest_is_named(folder: Path, text: str) -> None:
             r"no \*.safetensors; weights in other formats are not read",
         ),
         (
-            lambda f: change_config(f, model_type="llama"),
-            r'model_type is "llama"; this version reads gemma4_text, gemma4, trihybrid_gemma4',
+            lambda f: change_config(f, model_type="gpt2"),
+            r'model_type is "gpt2"; this version reads teachers .*: gemma4_text, gemma3_text, llama,',
         ),
         (lambda f: change_config(f, model_type=None), r'model_type is "None"; this version reads'),
     ],
@@ -326,10 +319,12 @@ def test_tensors_that_the_model_has_no_place_for_are_named(
 def test_a_student_is_no_teacher(tmp_path: Path) -> None:
     save_folder(tmp_path / "student", tiny_student().save_pretrained)
     with pytest.raises(
-        ValueError, match=r"a converted student, not a teacher; give the folder of a Gemma-4 text model"
+        ValueError, match=r"a converted student, not a teacher; give the folder of the model that it was made"
     ):
         load_teacher(tmp_path / "student")
-    with pytest.raises(ValueError, match=r'model_type is "trihybrid_gemma4"; a teacher is "gemma4_text"'):
+    with pytest.raises(
+        ValueError, match=r'model_type is "trihybrid_gemma4"; a teacher is one of gemma4_text,'
+    ):
         load_teacher_config(str(tmp_path / "student"))
 
 
@@ -345,7 +340,7 @@ def test_teacher_config_from_a_shape_or_a_folder_without_weights(folder: Path, t
     for text, message in (
         ("{", "not JSON"),
         ("[]", "holds a list"),
-        ('{"model_type": "llama"}', 'is "llama"; a teacher'),
+        ('{"model_type": "gpt2"}', 'is "gpt2"; a teacher'),
     ):
         (folder / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):

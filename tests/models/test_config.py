@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, Gemma4ForCausalLM, Gemma4TextConfig
 
+from trihybrid.models.anatomy import anatomy
+from trihybrid.models.decoder.config import COPIED
 from trihybrid.models.gemma4 import TrihybridGemma4Config, TrihybridGemma4ForCausalLM
-from trihybrid.models.gemma4.config import COPIED, key_value_owner, teacher_kinds
 
 MakeConfig = Callable[..., TrihybridGemma4Config]
 MakeTeacher = Callable[..., Gemma4TextConfig]
@@ -61,8 +62,9 @@ def test_teacher_is_kept_verbatim(config: MakeConfig, teacher_config: MakeTeache
     made = config(layout)
     assert made.base_config == teacher_config().to_dict()
     assert made.base().to_dict() == teacher_config().to_dict()
-    for name in set(COPIED) - {"head_dim"}:
+    for name in set(COPIED) - {"head_dim", "hidden_act"} | {"sliding_window", "final_logit_softcapping"}:
         assert getattr(made, name) == getattr(teacher_config(), name)
+    assert not hasattr(made, "hidden_act")
     assert made.head_dim == 16
 
 
@@ -92,11 +94,11 @@ def test_owner_of_keys_and_values_is_transformers_own(teacher_config: MakeTeache
     stored = {a.layer_type: index for index, a in enumerate(attentions) if a.store_full_length_kv}
     for index, attention in enumerate(attentions):
         expected = stored[attention.layer_type] if attention.is_kv_shared_layer else index
-        assert key_value_owner(base, index) == expected
+        assert anatomy(base).owners[index] == expected
 
 
-def test_teacher_kinds(teacher_config: MakeTeacher) -> None:
-    assert teacher_kinds(teacher_config()) == ["sliding", "full"] * 3
+def test_kinds(teacher_config: MakeTeacher) -> None:
+    assert anatomy(teacher_config()).kinds == ["sliding", "full"] * 3
 
 
 @pytest.mark.parametrize("count", [1, 5, 7])

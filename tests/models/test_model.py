@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import Gemma4ForCausalLM, StaticCache
 
 from trihybrid.models.cache import CACHE
+from trihybrid.models.decoder.slot import ConvertedSlot
 from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
-from trihybrid.models.gemma4.slot import ConvertedDecoderLayer
 
 MakeModel = Callable[..., TrihybridGemma4ForCausalLM]
 MakeTeacher = Callable[..., Gemma4ForCausalLM]
@@ -316,7 +316,7 @@ def test_eager_is_sdpa(
     assert model.config._attn_implementation == "sdpa"
     reference = model(ids, attention_mask=mask).logits
     model.set_attn_implementation("eager")
-    retained = [layer for layer in model.model.layers if not isinstance(layer, ConvertedDecoderLayer)]
+    retained = [layer for layer in model.model.layers if not isinstance(layer.self_attn, ConvertedSlot)]
     first = model(ids[:, :12], attention_mask=mask[:, :12])
     assert {layer.self_attn.config._attn_implementation for layer in retained} == {"eager"}
     second = model(ids[:, 12:], attention_mask=mask, **{CACHE: first[CACHE]})

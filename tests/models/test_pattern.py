@@ -135,9 +135,16 @@ def test_options_that_are_refused(entry: LegendEntry, message: str) -> None:
         read_slots("A", {"A": entry}, ("full", "sliding", "token_shift"), OPTIONS)
 
 
-def test_a_conversion_takes_neither_options_nor_a_token_shift() -> None:
+def test_a_conversion_takes_a_window_and_neither_other_options_nor_a_token_shift() -> None:
+    (slot,) = parse_pattern("S", {"S": {"mixer": "sliding", "window": 8}}, 1)
+    assert slot.window == 8 and not slot.converted
+    assert slot.as_dict() == {"mixers": ["sliding"], "donors": {}, "window": 8}
+    assert Slot.from_dict(slot.as_dict()) == slot
+    assert "window" not in Slot(("sliding",)).as_dict()
+    with pytest.raises(ValueError, match=r"takes \"mixer\" and \['window'\]"):
+        parse_pattern("S", {"S": {"mixer": "sliding", "xsa": True}}, 1)
     with pytest.raises(ValueError, match='takes "mixer" and no other'):
-        parse_pattern("S", {"S": {"mixer": "sliding", "window": 8}}, 1)
+        parse_pattern("F", {"F": {"mixer": "full", "window": 8}}, 1)
     with pytest.raises(ValueError, match='no mixer "token_shift"'):
         parse_pattern("T", {"T": "token_shift"}, 1)
 

@@ -101,7 +101,7 @@ def test_initialise_leaves_the_weights_of_the_teacher():
 def test_what_cannot_be_adapted_is_refused():
     with pytest.raises(ValueError, match='attn_implementation is "flex_attention"'):
         RetainedAttention(teacher_config("flex_attention"), 0)
-    with pytest.raises(ValueError, match="a mixer is causal"):
+    with pytest.raises(ValueError, match="tokens see later ones; a teacher is causal"):
         RetainedAttention(teacher_config(use_bidirectional_attention="all"), 0)
     adapter = RetainedAttention(teacher_config(), 0)
     with pytest.raises(ValueError, match="KeyValueState, got RecurrentState"):

@@ -14,12 +14,8 @@ from transformers import initialization as init
 
 from trihybrid.mixers.rwkv7 import Rwkv7
 from trihybrid.mixers.tica import Tica
-from trihybrid.models.gemma4 import (
-    TrihybridGemma4Config,
-    TrihybridGemma4ForCausalLM,
-    TrihybridGemma4Model,
-    register,
-)
+from trihybrid.models.families import register
+from trihybrid.models.gemma4 import TrihybridGemma4Config, TrihybridGemma4ForCausalLM, TrihybridGemma4Model
 
 MakeModel = Callable[..., TrihybridGemma4ForCausalLM]
 Tokens = Callable[..., Tensor]

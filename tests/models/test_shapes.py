@@ -7,20 +7,27 @@ import pytest
 import torch
 from transformers import Gemma4ForCausalLM, Gemma4UnifiedForCausalLM, Gemma4UnifiedTextConfig
 
+from trihybrid.models.anatomy import anatomy
 from trihybrid.models.checkpoint import load_teacher_config
-from trihybrid.models.gemma4.config import key_value_owner, teacher_kinds
 from trihybrid.models.shapes import ALIASES, load_shape, shape_names
 
 
 def test_every_shape_loads() -> None:
     gemma3 = [f"gemma-3-{size}" for size in ("12b", "1b", "27b", "4b")]
     gemma4 = [f"gemma-4-{size}" for size in ("12b", "26b-a4b", "31b", "e2b", "e4b")]
-    assert shape_names() == gemma3 + gemma4
-    assert [load_shape(name).model_type for name in gemma3 + gemma4] == ["gemma3_text"] * 4 + [
+    others = {
+        "llama-3.2-1b": "llama",
+        "mistral-7b-v0.3": "mistral",
+        "qwen3-1.7b": "qwen3",
+        "qwen3-8b": "qwen3",
+    }
+    assert shape_names() == gemma3 + gemma4 + sorted(others)
+    assert [load_shape(name).model_type for name in shape_names()] == ["gemma3_text"] * 4 + [
         "gemma4_text"
-    ] * 5
+    ] * 5 + list(others.values())
     assert {*ALIASES.values()} == {*shape_names()}
     assert ALIASES["google/gemma-4-26B-A4B-it"] == "gemma-4-26b-a4b"
+    assert ALIASES["meta-llama/Llama-3.2-1B-Instruct"] == "llama-3.2-1b"
 
 
 @pytest.mark.parametrize("alias", sorted(ALIASES))
@@ -52,9 +59,9 @@ def test_e2b_is_not_the_class_default() -> None:
 def test_e2b_full_layers_and_donors() -> None:
     """Trap: layers 15 to 34 read 13 (sliding) and 14 (full), never keys and values of their own."""
     base = load_shape("gemma-4-e2b")
-    full = [index for index, kind in enumerate(teacher_kinds(base)) if kind == "full"]
+    full = [index for index, kind in enumerate(anatomy(base).kinds) if kind == "full"]
     assert full == [4, 9, 14, 19, 24, 29, 34]
-    owners = [key_value_owner(base, index) for index in range(35)]
+    owners = anatomy(base).owners
     assert owners[:15] == list(range(15))
     assert owners[15:] == [14 if index in full else 13 for index in range(15, 35)]
 
@@ -62,9 +69,9 @@ def test_e2b_full_layers_and_donors() -> None:
 def test_e4b_full_layers_and_donors() -> None:
     """The last 18 of 42 layers read 22 (sliding) and 23 (full); no layer is double-wide."""
     base = load_shape("gemma-4-e4b")
-    full = [index for index, kind in enumerate(teacher_kinds(base)) if kind == "full"]
+    full = [index for index, kind in enumerate(anatomy(base).kinds) if kind == "full"]
     assert full == [5, 11, 17, 23, 29, 35, 41]
-    owners = [key_value_owner(base, index) for index in range(42)]
+    owners = anatomy(base).owners
     assert owners == list(range(24)) + [23 if index in full else 22 for index in range(24, 42)]
     assert (base.hidden_size, base.num_attention_heads, base.sliding_window) == (2560, 8, 512)
     assert not base.use_double_wide_mlp
@@ -83,14 +90,14 @@ def test_large_sizes_have_keys_for_values_and_neither_sharing_nor_per_layer_inpu
 ) -> None:
     base = load_shape(name)
     assert (base.num_hidden_layers, base.hidden_size, base.num_attention_heads) == (layers, width, heads)
-    kinds = teacher_kinds(base)
+    kinds = anatomy(base).kinds
     assert [index for index, kind in enumerate(kinds) if kind == "full"] == list(range(5, layers, 6))
     sliding, full = (base.per_layer_config[f"{kind}_attention"] for kind in ("sliding", "full"))
     assert (sliding.num_key_value_heads, sliding.head_dim) == (local, 256)
     assert (full.num_key_value_heads, full.head_dim) == (wide, 512)
     assert base.attention_k_eq_v and base.use_bidirectional_attention == "vision"
     assert (base.hidden_size_per_layer_input, base.sliding_window) == (0, 1024)
-    assert [key_value_owner(base, index) for index in range(layers)] == list(range(layers))
+    assert anatomy(base).owners == list(range(layers))
     assert base.enable_moe_block == (name == "gemma-4-26b-a4b")
 
 
@@ -114,10 +121,35 @@ def test_gemma_3_has_one_kind_of_head(
     )
     assert (base.head_dim, base.query_pre_attn_scalar) == (width, scale)
     assert base.rope_parameters["full_attention"].get("factor") == factor
-    assert teacher_kinds(base).count("full") == layers // 6
+    assert anatomy(base).kinds.count("full") == layers // 6
     # Unlike in Gemma 4, the last layer may be a sliding one.
-    assert teacher_kinds(base)[-1] == ("full" if layers % 6 == 0 else "sliding")
-    assert key_value_owner(base, layers - 1) == layers - 1
+    assert anatomy(base).kinds[-1] == ("full" if layers % 6 == 0 else "sliding")
+    assert anatomy(base).owners[layers - 1] == layers - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "width", "inner", "heads", "groups", "channels", "vocabulary", "tied"),
+    [
+        ("llama-3.2-1b", 16, 2048, 8192, 32, 8, 64, 128_256, True),
+        ("mistral-7b-v0.3", 32, 4096, 14_336, 32, 8, 128, 32_768, False),
+        ("qwen3-1.7b", 28, 2048, 6144, 16, 8, 128, 151_936, True),
+        ("qwen3-8b", 36, 4096, 12_288, 32, 8, 128, 151_936, False),
+    ],
+)
+def test_shapes_of_other_families(
+    name, layers, width, inner, heads, groups, channels, vocabulary, tied
+) -> None:
+    base = load_shape(name)
+    assert (base.num_hidden_layers, base.hidden_size, base.intermediate_size) == (layers, width, inner)
+    assert (base.vocab_size, base.tie_word_embeddings) == (vocabulary, tied)
+    body = anatomy(base)
+    assert body.kinds == ["full"] * layers and body.window is None
+    assert {attention.sizes for attention in body.attentions} == {(heads, groups, channels)}
+    assert not body.input_bias and not body.output_bias
+    theta = {"llama": 5e5, "mistral": 1e6, "qwen3": 1e6}[base.model_type]
+    assert base.rope_parameters["rope_theta"] == theta
+    if name == "llama-3.2-1b":
+        assert base.rope_parameters["rope_type"] == "llama3" and base.rope_parameters["factor"] == 32.0
 
 
 @torch.no_grad()

@@ -14,11 +14,10 @@ from torch import Tensor
 from transformers import DynamicCache, Gemma4ForCausalLM, StaticCache
 
 from trihybrid.mixers.contract import Mixer
-from trihybrid.models import gemma4
 from trihybrid.models.cache import CACHE
 from trihybrid.models.checkpoint import load_teacher
+from trihybrid.models.families import FAMILIES
 from trihybrid.models.gemma4 import TrihybridGemma4Config, TrihybridGemma4ForCausalLM
-from trihybrid.models.gemma4.slot import ConvertedDecoderLayer
 
 MakeModel = Callable[..., TrihybridGemma4ForCausalLM]
 MakeConfig = Callable[..., TrihybridGemma4Config]
@@ -31,11 +30,11 @@ Difference = Callable[[Tensor, Tensor], float]
 
 def test_no_class_name_holds_rwkv_or_mamba() -> None:
     """With "rwkv" generate makes no cache; with "mamba" it passes the cache under another name."""
-    names = [name for name in dir(gemma4) if name.startswith("Trihybrid")]
-    assert len(names) == 3
-    names += [ConvertedDecoderLayer.__name__, TrihybridGemma4Config.model_type]
-    assert not [name for name in names if "rwkv" in name.lower() or "mamba" in name.lower()]
-    assert TrihybridGemma4ForCausalLM._supports_default_dynamic_cache()
+    for family in FAMILIES:
+        classes = (family.student, family.student.decoder, family.student.config_class)
+        names = [kind.__name__ for kind in classes] + [family.student_type]
+        assert not [name for name in names if "rwkv" in name.lower() or "mamba" in name.lower()]
+        assert family.student._supports_default_dynamic_cache()
 
 
 def test_num_kv_shared_layers_is_not_exposed(config: MakeConfig, layout: str) -> None:

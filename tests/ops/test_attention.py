@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trihybrid.ops.attention import attention, block_attention
+from trihybrid.ops.attention import attention
+from trihybrid.ops.block_attention import block_attention
 from trihybrid.testing import relative_error
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from interpreted import MARKS
-from trihybrid.ops.attention import block_attention
+from trihybrid.ops.block_attention import block_attention
 from trihybrid.testing.compare import relative_error
 
 pytestmark = MARKS
@@ -100,6 +100,25 @@ def test_exclude_own_value(load, batch, length, heads, groups, width):
     # The gradients of short values dwarf the others.
     assert_close([found[0], *(found[1].flatten(0, 1)[1:])], [exact[0], *(exact[1].flatten(0, 1)[1:])])
     assert found[1][0, 0].norm() == exact[1][0, 0].norm() == 0
+
+
+@pytest.mark.parametrize(("length", "width"), [(40, 64), (9, 512)])
+def test_a_gated_branch(load, length, width):
+    room = load("trihybrid.ops.mixed_norm")
+    leaves = [torch.randn(2, length, width).requires_grad_() for _ in range(3)]
+    wider = wide(leaves)
+
+    def run(norm, tensors):
+        x, branch, gate = tensors
+        return norm(x, branch, None, None, 0.3, 1e-6, gate)
+
+    out, expected = run(room.mixed_norm, leaves), run(room.mixed_norm_reference, wider)
+    grads = [torch.randn(x.shape) for x in out]
+    assert_close(out, expected)
+    assert_close(
+        torch.autograd.grad(out, leaves, grads),
+        torch.autograd.grad(expected, wider, [x.double() for x in grads]),
+    )
 
 
 @pytest.mark.parametrize(("length", "width"), [(40, 64), (9, 512)])

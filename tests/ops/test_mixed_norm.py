@@ -35,6 +35,16 @@ def test_by_hand() -> None:
     assert torch.equal(mixed_norm(x_BTD, None, None, None, 1.0, EPSILON)[0], x_BTD)
 
 
+def test_a_gate_by_hand() -> None:
+    x_BTD, branch_BTD, gate_BTD = (
+        torch.tensor([[row]], dtype=WIDE) for row in ([1.0, 2.0], [4.0, 8.0], [0.0, -math.log(3)])
+    )
+    u_BTD, z_BTD = mixed_norm(x_BTD, branch_BTD, None, None, 1.0, 0.0, gate_BTD)
+    # Gates of a half and a quarter.
+    assert u_BTD.flatten().tolist() == pytest.approx([3.0, 4.0])
+    assert z_BTD.flatten().tolist() == pytest.approx([3 / math.sqrt(12.5), 4 / math.sqrt(12.5)])
+
+
 def test_blends_by_hand() -> None:
     """Normed rows of one channel are signs, so that the blends can be read off."""
     x_BTD = torch.tensor([[2.0, -3.0, 4.0, 5.0], [-1.0, -6.0, 7.0, 7.0]], dtype=WIDE)[:, :, None]
@@ -99,6 +109,24 @@ def test_the_dtype_is_the_streams() -> None:
 
 def test_a_cpu_is_not_for_the_kernels() -> None:
     assert not fusable(torch.zeros(1, 2, 512, dtype=torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("width", [64, 512])
+def test_a_gated_branch_on_a_gpu(width: int) -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(3, 40, width, device="cuda").bfloat16().requires_grad_() for _ in range(3)]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    assert fusable(leaves[0])
+    x_BTD, branch_BTD, gate_BTD = leaves
+    ours = mixed_norm(x_BTD, branch_BTD, None, None, 0.3, EPSILON, gate_BTD)
+    theirs = mixed_norm_reference(wide[0], wide[1], None, None, 0.3, EPSILON, wide[2])
+    gradients = [torch.randn_like(output) for output in ours]
+    own = torch.autograd.grad(ours, leaves, gradients)
+    reference = torch.autograd.grad(theirs, wide, [gradient.double() for gradient in gradients])
+    for output, expected in zip((*ours, *own), (*theirs, *reference), strict=True):
+        assert relative_error(output, expected) < 1e-2
 
 
 @pytest.mark.gpu

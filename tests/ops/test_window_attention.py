@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trihybrid.ops.attention import block_attention
+from trihybrid.ops.block_attention import block_attention
 from trihybrid.ops.window_attention import fits, window_attention
 from trihybrid.testing.compare import relative_error
 

@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 
 from tiny_published import TEMPLATE, write_published, write_tokenizer
 from trihybrid.data import Tokenizer, read_documents
-from trihybrid.models import hub
 from trihybrid.models.checkpoint import load_model, load_teacher
 from trihybrid.recipe.convert import ROW, check_bos, text_blocks
+from trihybrid.storage import hub
 from trihybrid.surgery.operate import operate, read_plan
 
 SURGERY = (
@@ -95,7 +95,11 @@ def test_a_name_on_the_hub_is_looked_up_and_named(
             "nowhere: no such model folder; give a folder, or the name of a model as owner/model",
         ),
         (None, ("--revision", "x"), "is a folder; leave the revision away"),
-        (None, ("--set", "donor_keys_values=ridge"), "which is fitted on text; set calibration_tokens"),
+        (
+            None,
+            ("--set", "donor_keys_values=ridge", "--set", "calibration_tokens=0"),
+            "which is fitted on text; set calibration_tokens",
+        ),
         (None, ("--set", "calibration_tokens=9"), "calibration_tokens is 9; it must be 0 or at least 256"),
     ],
 )

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from tiny_published import write_published
-from trihybrid.models.checkpoint import check_folder, load_model, load_teacher
+from trihybrid.models.checkpoint import load_model, load_teacher
 from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
 from trihybrid.recipe.execute import execute
 from trihybrid.recipe.load import dump_recipe, load_recipe
 from trihybrid.run import Lineage, hash_file, hash_folder, read_log
+from trihybrid.storage.folder import check_folder
 from trihybrid.surgery.operate import read_plan
 
 MODELS = ["teacher", "operated", "aligned", "matched"]
@@ -93,7 +94,7 @@ def test_the_log_holds_every_step_once(micro: ModuleType, micro_run: Path) -> No
     [
         (["stages.1.loop.sequence_length=100000"], "fewer than batch_size 2"),
         (["teacher.pretrain.loop.batch_size=5000"], "fewer than batch_size 5000"),
-        (["teacher.pretrain.shape.sliding_window=400"], "no answer lies beyond the teacher's window of 400"),
+        (["teacher.pretrain.shape.sliding_window=400"], "no answer lies beyond the window of 400"),
         (["data.tokenizer=nowhere"], "tokenizer nowhere does not exist"),
         (["surgery.pattern=SR"], 'pattern "SR" has 2 slots, the model has 3 layers'),
         (["surgery.legend={S: sliding, R: mamba}"], "mamba"),

@@ -25,6 +25,7 @@ from trihybrid.recipe.compact import CompactRecipe, config_hash
 from trihybrid.recipe.execute_compact import execute_compact, missed_targets
 from trihybrid.recipe.fields import dump_recipe
 from trihybrid.recipe.load import load_compact
+from trihybrid.recipe.train_compact import draw_model, train_compact
 from trihybrid.run import Lineage, hash_file, read_log
 from trihybrid.run.code import code_hash
 
@@ -170,6 +171,15 @@ def test_a_finished_run_is_measured_again_and_not_trained(
     assert results == results_of(whole)
 
 
+def test_training_may_stand_alone(recipe: CompactRecipe, whole: Path, tmp_path: Path) -> None:
+    """What packs and scores it later ends with the bytes of a run in one go."""
+    summary = train_compact(recipe, tmp_path / "run")
+    assert summary.steps == 4 and not (tmp_path / "run" / "model.artifact").exists()
+    assert execute_compact(recipe, tmp_path / "run", resume=True, code_bytes=CODE_BYTES) is not None
+    assert hash_file(tmp_path / "run" / "model.artifact") == hash_file(whole / "model.artifact")
+    assert results_of(tmp_path / "run")["train_seconds"] == summary.seconds
+
+
 def test_a_seed_is_a_model(recipe: CompactRecipe, whole: Path, tmp_path: Path) -> None:
     recipe.train.loop.seed = 5
     execute_compact(recipe, tmp_path / "run", code_bytes=CODE_BYTES)
@@ -289,11 +299,11 @@ def test_the_model_is_drawn_alike_whatever_was_drawn_before(recipe: CompactRecip
     from trihybrid.data import Tokenizer
 
     torch.manual_seed(1)
-    first = execution._model(recipe, Tokenizer.bytes(), torch.device("cpu"))
+    first = draw_model(recipe, Tokenizer.bytes(), torch.device("cpu"))
     after = torch.rand(1)
     torch.manual_seed(1)
     assert torch.equal(torch.rand(1), after)
-    second = execution._model(recipe, Tokenizer.bytes(), torch.device("cpu"))
+    second = draw_model(recipe, Tokenizer.bytes(), torch.device("cpu"))
     assert isinstance(first, CompactModel)
     for name, parameter in first.named_parameters():
         assert torch.equal(parameter, second.get_parameter(name)), name

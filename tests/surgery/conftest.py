@@ -12,8 +12,8 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from tiny_gemma4 import VOCABULARY, base_config, build_teacher
 from tiny_published import write_published
-from trihybrid.models import digest, piece_writer
 from trihybrid.models.checkpoint import open_teacher
+from trihybrid.storage import digest, piece_writer
 from trihybrid.surgery.plan import make_plan
 from trihybrid.surgery.section import Rwkv7Section, SurgerySection, TicaSection
 

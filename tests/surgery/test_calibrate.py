@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from trihybrid.models.gemma4.streamed import streamed_model
-from trihybrid.models.source import ModelSource
+from trihybrid.models.teacher.source import ModelSource
+from trihybrid.models.teacher.streamed import streamed_model
 from trihybrid.surgery.calibrate import record_layers
 
 

@@ -12,10 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, Gemma4ForCausalLM
 
 from tiny_gemma4 import LAYERS, VOCABULARY
+from tiny_teachers import WINDOW, teacher_config
 from trihybrid.models.cache import CACHE
+from trihybrid.models.decoder.slot import ConvertedSlot
+from trihybrid.models.families import family_of
 from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
 from trihybrid.models.gemma4.retained import RetainedAttention
-from trihybrid.models.gemma4.slot import ConvertedSlot
 from trihybrid.surgery.cost import account
 from trihybrid.surgery.layout import student_config
 
@@ -86,6 +88,20 @@ def live_bytes(cache: DynamicCache) -> dict[str, int]:
     return found
 
 
+def decode_one(model, context: int) -> tuple[int, DynamicCache]:
+    """Products of the token that follows `context` - 1 others, two FLOPs each, and the cache. Without the angles of the
+    rotary tables, which older versions of transformers compute as a matrix product of one column and one row."""
+    cache = DynamicCache(config=model.config)
+    tokens = torch.randint(3, 97, (1, context))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        if context > 1:
+            model(tokens[:, :-1], **{CACHE: cache}, use_cache=True)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens[:, -1:], **{CACHE: cache}, use_cache=True)
+    counts = {part.rpartition(".")[2]: sum(f.values()) for part, f in counter.get_flop_counts().items()}
+    return counter.get_total_flops() - counts.get("rotary_emb", 0), cache
+
+
 @pytest.mark.parametrize("shape", ["shared", "unshared", "keys_are_values"])
 @pytest.mark.parametrize("name", ["teacher", *SECTIONS])
 def test_bytes_are_those_of_the_live_cache(make_base, make_section, name, shape) -> None:
@@ -111,8 +127,7 @@ def test_bytes_are_those_of_the_live_cache(make_base, make_section, name, shape)
     ],
 )
 def test_flops_are_those_counted_for_one_decoded_token(make_base, make_section, name, shape) -> None:
-    """Before, at and past the border of the window of 8. Without the angles of the rotary tables, which older versions
-    of transformers compute as a matrix product of one column and one row."""
+    """Before, at and past the border of the window of 8."""
     base = make_base(**BASES[shape])
     config = None if name == "teacher" else student_config(base, make_section(**SECTIONS[name]))
     contexts = [1, 5, 8, 30]
@@ -122,17 +137,7 @@ def test_flops_are_those_counted_for_one_decoded_token(make_base, make_section, 
     if shape == "experts":
         model.set_experts_implementation("eager")
     for context in contexts:
-        cache = DynamicCache(config=model.config)
-        tokens = torch.randint(3, 97, (1, context))
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            if context > 1:
-                model(tokens[:, :-1], **{CACHE: cache}, use_cache=True)
-            with FlopCounterMode(display=False) as counter:
-                model(tokens[:, -1:], **{CACHE: cache}, use_cache=True)
-        counts = {
-            name.rpartition(".")[2]: sum(flops.values()) for name, flops in counter.get_flop_counts().items()
-        }
-        counted = counter.get_total_flops() - counts.get("rotary_emb", 0)
+        counted, _ = decode_one(model, context)
         assert counted == costs["flops_per_token"][str(context)], context
 
 
@@ -161,6 +166,52 @@ def test_bytes_read_are_weights_that_are_used_and_what_mixers_read(
     whole = costs["bytes_read_per_token"]["8"] - sum(row["bytes_read"]["8"] for row in costs["layers"])
     outside = costs["active_parameters"] - sum(row["active_parameters"] for row in costs["layers"])
     assert whole == 2 * (outside + table)
+
+
+OTHERS = {
+    "llama-biased": "FRWB",
+    "mistral-windowed": "SRSB",
+    "qwen2": "WBRF",
+    "qwen3-windowed": "RBSS",
+    "qwen3-experts": "FBRF",
+    "gemma3": "SBSW",
+}
+LEGEND = {
+    "S": "sliding",
+    "F": "full",
+    "R": "rwkv7",
+    "B": ["rwkv7", "tica"],
+    "W": {"mixer": "sliding", "window": WINDOW},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_other_families_cost_what_they_hold_store_and_multiply(make_section, name, side) -> None:
+    """Parameters, bytes of a live cache, and products of one decoded token, within the window and past it."""
+    base = teacher_config(name)
+    config = None
+    if side == "student":
+        config = student_config(base, make_section(pattern=OTHERS[name], legend=LEGEND))
+    contexts = [5, 30]
+    costs = account(base, config, contexts)
+    family = family_of(base)
+    model = (family.teacher(base) if config is None else family.student(config)).eval()
+    assert costs["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    idle = 2 * 3 * 16 * 32 * 3 if name == "qwen3-experts" else 0
+    table = 0 if base.tie_word_embeddings else VOCABULARY * 32
+    assert costs["active_parameters"] == costs["parameters"] - idle - table
+    model.set_attn_implementation("eager")
+    if name == "qwen3-experts":
+        model.set_experts_implementation("eager")
+    for context in contexts:
+        counted, cache = decode_one(model, context)
+        assert counted == costs["flops_per_token"][str(context)], context
+    live = live_bytes(cache)
+    # Float32: twice the bytes of bfloat16.
+    assert live["growing"] == 2 * costs["global_kv_bytes_per_token"] * contexts[-1]
+    assert live["sliding"] == 2 * costs["sliding_cache_bytes"]
+    assert live["recurrent"] == costs["recurrent_state_bytes"]
 
 
 def test_rows_add_up(make_base, make_section) -> None:

@@ -1,26 +1,52 @@
-"""Scaled-down teachers with the structure of every Gemma 4: convert, save, load, generate.
+"""Scaled-down teachers with the structure of every family: convert, save, load, generate, one step of each stage.
 
 Legend: B batch, T tokens.
 """
 
+import copy
+import json
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
-from tiny_gemma4 import VOCABULARY, build_teacher
+import tiny_gemma4
+import tiny_teachers
+from tiny_gemma4 import VOCABULARY
+from trihybrid.data import Batch
+from trihybrid.distill.align import AlignTask
+from trihybrid.distill.match import Matching, MatchTask
+from trihybrid.distill.pair import Pair
+from trihybrid.distill.section import NEW_MIXERS
+from trihybrid.models.anatomy import anatomy
 from trihybrid.models.cache import CACHE
-from trihybrid.models.checkpoint import load_model
-from trihybrid.models.gemma4.config import key_value_owner
+from trihybrid.models.checkpoint import load_model, open_teacher
+from trihybrid.models.families import family_of
 from trihybrid.models.shapes import load_shape
 from trihybrid.surgery.operate import operate, save_student
 from trihybrid.surgery.plan import make_plan
+from trihybrid.surgery.stream import stream_student
 from trihybrid.testing import relative_error
 
 NAMES = ["gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "gemma-4-26b-a4b", "gemma-4-31b"]
 # Two groups of layers and, where the teacher shares, one of them shares.
 LAYERS = {"gemma-4-e2b": 10, "gemma-4-e4b": 12}
+WINDOWED = {"mixer": "sliding", "window": tiny_teachers.WINDOW}
+# Teachers of other families: layouts with every kind of slot, or None for every global layer.
+OTHERS = {
+    "llama": "WRBR",
+    "llama-biased": "FRWB",
+    "mistral": "BRWR",
+    "mistral-windowed": "SRSB",
+    "qwen2": "WBRF",
+    "qwen3": "RRRB",
+    "qwen3-windowed": "RBSR",
+    "qwen3-experts": "FBRF",
+    "gemma3": None,
+}
+LEGEND = {"S": "sliding", "F": "full", "R": "rwkv7", "B": ["rwkv7", "tica"], "W": WINDOWED}
 
 
 def scaled_down(name: str) -> dict[str, Any]:
@@ -48,14 +74,28 @@ def scaled_down(name: str) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=[*NAMES, *OTHERS])
 def pair(request, make_section, calibration):
     """A teacher and its plan and student."""
-    teacher = build_teacher(**scaled_down(request.param))
-    section = make_section().model_copy(update={"share_kv": "teacher"})
+    if request.param in NAMES:
+        teacher = tiny_gemma4.build_teacher(**scaled_down(request.param))
+        section = make_section(share_kv="teacher")
+    else:
+        teacher = tiny_teachers.build_teacher(request.param)
+        layout = OTHERS[request.param]
+        section = make_section() if layout is None else make_section(pattern=layout, legend=LEGEND)
     section.rwkv7.head_dim = 8
     plan = make_plan(teacher.config, section, request.param, contexts=(64,))
     return teacher, plan, operate(teacher, plan, [calibration])
+
+
+def test_the_student_is_of_the_teachers_family(pair) -> None:
+    teacher, plan, student = pair
+    family = family_of(teacher.config)
+    assert type(teacher) is family.teacher and type(student) is family.student
+    assert [slot.mixers for slot in student.config.slot_list()] == [
+        tuple(row["after"]) for row in plan["layers"]
+    ]
 
 
 def test_what_is_kept_is_the_teachers(pair) -> None:
@@ -64,7 +104,7 @@ def test_what_is_kept_is_the_teachers(pair) -> None:
     ours = tuple(f"model.layers.{row['index']}.self_attn." for row in plan["layers"] if row["sources"])
     kept = [name for name in student.state_dict() if not name.startswith(ours)]
     assert all(torch.equal(student.state_dict()[name], given[name]) for name in kept)
-    assert any("experts" in name for name in kept) == teacher.config.enable_moe_block
+    assert any("experts" in name for name in kept) == (anatomy(teacher.config).experts is not None)
     # What the teacher has and the student has not is attention of converted layers.
     assert all(name.startswith(ours) for name in given.keys() - student.state_dict().keys())
 
@@ -73,6 +113,28 @@ def test_parameters_are_those_of_the_plan(pair) -> None:
     teacher, plan, student = pair
     for model, side in ((teacher, "before"), (student, "after")):
         assert plan[side]["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_stream_writes_the_same_student(pair, calibration, tmp_path) -> None:
+    """From the teacher's folder, to the bit; experts lie one by one in those of `qwen3_moe`."""
+    teacher, plan, student = pair
+    teacher.save_pretrained(tmp_path / "teacher")
+    stored = load_file(tmp_path / "teacher" / "model.safetensors")
+    assert any(".experts.0." in name for name in stored) == (teacher.config.model_type == "qwen3_moe")
+    opened = open_teacher(tmp_path / "teacher")
+    report = stream_student(opened, plan, tmp_path / "streamed", [calibration])
+    save_student(student, plan, tmp_path / "memory")
+    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("streamed", "memory"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("streamed", "memory")]
+    for config in configs:
+        del (
+            config["base_config"]["architectures"],
+            config["base_config"]["dtype"],
+        )  # of a teacher that was saved
+    assert configs[0] == configs[1]
+    assert report.unused == []
 
 
 @torch.no_grad()
@@ -93,6 +155,33 @@ def test_a_student_is_saved_loaded_and_generates(pair, tmp_path) -> None:
     assert relative_error(rest.logits, whole[:, 13:]) < 1e-5
 
 
+@pytest.mark.parametrize("stage", ["align", "match"])
+def test_a_step_of_each_stage_lowers_its_loss_and_moves_all_that_trains_alone(pair, stage) -> None:
+    """Two steps: the zero of TICA's output projection keeps the first gradient from what stands before it."""
+    teacher, _, student = pair
+    student = copy.deepcopy(student)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    both = Pair(student, copy.deepcopy(teacher), NEW_MIXERS)
+    task = AlignTask(both) if stage == "align" else MatchTask(Matching(both))
+    tokens_BT = torch.randint(3, VOCABULARY, (2, 25))
+    positions_BT = torch.cat([torch.arange(9), torch.arange(16)]).expand(2, -1)
+    losses = []
+    optimizer = torch.optim.AdamW(both.trained.values(), lr=1e-3, weight_decay=0.0)
+    for _ in range(2):
+        loss, parts = task.loss(Batch(tokens_BT, positions_BT))
+        losses.append(loss.item())
+        assert loss.isfinite() and all(torch.isfinite(torch.as_tensor(part)) for part in parts.values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[1] < losses[0]
+    still = {n for n, p in both.trained.items() if torch.equal(p, before[n])}
+    assert not still, still
+    for name, tensor in student.state_dict().items():
+        if name not in both.trained:
+            assert torch.equal(tensor, before[name]), name
+
+
 @torch.no_grad()
 def test_a_student_is_causal(pair) -> None:
     """Large teachers let the tokens of an image see each other; text never does."""
@@ -108,7 +197,7 @@ def test_a_student_is_causal(pair) -> None:
 @torch.no_grad()
 def test_experts_are_computed_alike_in_kept_and_converted_layers(make_section, calibration) -> None:
     """Every layer follows the model's choice of what computes the experts, as the teacher's layers do."""
-    teacher = build_teacher(**scaled_down("gemma-4-26b-a4b"))
+    teacher = tiny_gemma4.build_teacher(**scaled_down("gemma-4-26b-a4b"))
     plan = make_plan(teacher.config, make_section(), "tiny", contexts=(64,))
     student = operate(teacher, plan, [calibration])
     tokens_BT = torch.randint(3, VOCABULARY, (2, 9))
@@ -126,7 +215,7 @@ def test_the_scaled_down_teachers_have_the_structure_of_the_large_ones() -> None
         base = Gemma4TextConfig(**scaled_down(name), hidden_size=32)
         shape = load_shape(name)
         assert base.attention_k_eq_v == shape.attention_k_eq_v
-        owners = [key_value_owner(base, index) for index in range(base.num_hidden_layers)]
+        owners = anatomy(base).owners
         assert (owners == list(range(base.num_hidden_layers))) == (not shape.num_kv_shared_layers)
         ratio = [
             c.num_attention_heads // c.per_layer_config["full_attention"].num_key_value_heads

@@ -8,6 +8,7 @@ After a change that is meant to change plans, renew the files, and read the diff
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,22 @@ RECIPES = {
     "e2b-prefill": ([4, 9], 2_048, 2 * 2_097_152, True),
     "e4b-shared": ([5, 11, 17, 23, 29, 35, 41], 4 * 1_024, 7 * 2_097_152, False),
     "e4b-prefill": ([5, 11, 17], 4_096, 3 * 2_097_152, True),
+}
+# Recipe of another family -> converted layers, bytes of keys and values a token before and after, of recurrent state,
+# of sliding windows.
+OTHERS = {
+    "qwen3-hybrid": (
+        [layer for layer in range(28) if layer % 7 != 6],
+        (28 * 4_096, 4 * 4_096),
+        24 * 16 * 128 * 128 * 4,
+        0,
+    ),
+    "llama-windows": (
+        list(range(1, 16, 2)),
+        (16 * 2_048, 4 * 512),
+        8 * 32 * 64 * 64 * 4,
+        8 * 1_023 * 2_048,
+    ),
 }
 
 
@@ -58,7 +75,7 @@ def test_every_recipe_and_every_size_of_gemma_4_has_one() -> None:
     sizes = [name for name in shape_names() if name.startswith("gemma-4")]
     # The plan of E2B without options is that of e2b-card, whose one difference is the start of keys and values.
     assert {*of_a_built_in_shape(), *sizes} - {*NAMES} == {"gemma-4-e2b"}
-    assert {*of_a_built_in_shape()} == {*RECIPES}
+    assert {*of_a_built_in_shape()} == {*RECIPES, *OTHERS}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -74,6 +91,51 @@ def test_a_recipe_does_what_its_comment_says(name: str) -> None:
     assert (len(given_up), len(kept)) == ((0, 1) if prefill else (1, 0))
     first = {"gemma-4-E2B-it": 15, "gemma-4-E4B-it": 24}[plan["teacher"]]
     assert (given_up + kept)[0].startswith(f"layers {first} to {len(plan['layers']) - 1} of the teacher ")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_recipe_of_another_family_does_what_its_comment_says(name: str) -> None:
+    converted, growing, recurrent, windows = OTHERS[name]
+    plan = json.loads((Path(__file__).parent / "golden" / f"{name}.json").read_text())
+    before, after = plan["before"], plan["after"]
+    assert [layer["index"] for layer in plan["layers"] if layer["sources"]] == converted
+    assert (before["global_kv_bytes_per_token"], after["global_kv_bytes_per_token"]) == growing
+    assert (before["recurrent_state_bytes"], after["recurrent_state_bytes"]) == (0, recurrent)
+    assert (before["sliding_cache_bytes"], after["sliding_cache_bytes"]) == (0, windows)
+    assert all("one to one" in plan["layers"][index]["sources"]["rwkv7.output"] for index in converted)
+    narrowed = [
+        row["index"] for row in plan["layers"] if row["before"] == "full" and row["after"] == ["sliding"]
+    ]
+    notes = [line for line in plan["warnings"] if "keep their weights and see 1,024 tokens" in line]
+    assert len(notes) == (1 if narrowed else 0)
+    assert narrowed == ([] if name == "qwen3-hybrid" else list(range(0, 16, 2)))
+
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "teachers.md").read_text()
+ROWS = re.findall(r"^\| `([a-z0-9.-]+)` \|(.*)\|$", DOCUMENT, re.MULTILINE)
+PRINTED = [
+    (name, re.findall(r"[0-9][0-9,]*", cells)) for name, cells in ROWS if "," in cells.partition("|")[2]
+]
+
+
+@pytest.mark.parametrize(("name", "numbers"), [row for row in PRINTED if row[0] in {*OTHERS, *shape_names()}])
+def test_the_document_says_what_the_plan_says(name: str, numbers: list[str]) -> None:
+    plan = plan_recipe(name) if name in OTHERS else make_plan(load_shape(name), SurgerySection(), name)
+    after, growing = plan["after"], "global_kv_bytes_per_token"
+    if name in OTHERS:
+        expected = [
+            after[key] for key in ("parameters", growing, "recurrent_state_bytes", "sliding_cache_bytes")
+        ]
+        numbers = numbers[-4:]
+    else:
+        before = plan["before"]
+        expected = [before["parameters"], before[growing], after[growing], after["recurrent_state_bytes"]]
+    assert [int(number.replace(",", "")) for number in numbers] == expected
+
+
+def test_the_document_has_every_shape_and_recipe_of_another_family() -> None:
+    others = {name for name in shape_names() if not name.startswith("gemma")}
+    assert others | {*OTHERS, "gemma-3-4b"} <= {name for name, _ in PRINTED}
 
 
 def test_kept_layers_cost_what_they_cost_the_teacher() -> None:

@@ -17,9 +17,9 @@ E2B = Heads(query=8, groups=1, width=512, narrow=128, rotary_pairs=64)
 def heads(draw: st.DrawFn) -> Heads:
     groups, repeats, blocks = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
     narrow = 2 * draw(st.integers(1, 4))
-    # An even number of channels a head, whose rotary pairs fit one block.
-    pairs = draw(st.integers(0, narrow // 2))
-    return Heads(groups * repeats, groups, blocks * narrow, narrow, min(pairs, blocks * narrow // 2))
+    # An even number of channels a head; rotary pairs may fill several blocks.
+    pairs = draw(st.integers(0, blocks * narrow // 2))
+    return Heads(groups * repeats, groups, blocks * narrow, narrow, pairs)
 
 
 def projections(case: Heads, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,11 +9,13 @@ from torch import nn
 
 from trihybrid.mixers.contract import Shared
 from trihybrid.mixers.span import packed
-from trihybrid.models.checkpoint import check_folder, load_model
+from trihybrid.models.checkpoint import load_model
+from trihybrid.storage.folder import check_folder
 from trihybrid.surgery.calibrate import record_layers
 from trihybrid.surgery.inherit import rms
 from trihybrid.surgery.operate import PLAN_FILE, operate, save_student
 from trihybrid.surgery.plan import make_plan
+from trihybrid.testing import relative_error
 
 CONVERTED = (2, 5, 8)
 CHOICES = list(
@@ -277,6 +279,18 @@ def test_several_calibration_blocks_count_as_their_whole(make, teacher, make_sec
     parts, whole = operate(teacher, plan, rows), make(donor_keys_values="ridge")
     for name, tensor in tensors_of(parts).items():
         torch.testing.assert_close(tensor, tensors_of(whole)[name], rtol=2e-4, atol=1e-6)
+
+
+def test_calibration_blocks_may_differ_in_length(make_teacher, make_section, calibration) -> None:
+    """Two documents of 17 and 23 tokens alone are the packed row of both."""
+    teacher = make_teacher(torch.float64)
+    tokens_BT, positions_BT = calibration
+    plan = make_plan(teacher.config, make_section(donor_keys_values="ridge"), "tiny", contexts=(64,))
+    packed_row = [(tokens_BT[:1], positions_BT[:1])]
+    alone = [(part, torch.arange(part.shape[1])[None]) for part in tokens_BT[:1].split([17, 23], 1)]
+    whole, parts = (operate(teacher, plan, blocks) for blocks in (packed_row, alone))
+    for name, tensor in tensors_of(parts).items():
+        assert relative_error(tensor, tensors_of(whole)[name]) < 1e-10, name
 
 
 @torch.no_grad()

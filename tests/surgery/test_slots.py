@@ -1,7 +1,5 @@
 """Legend: B batch, T tokens, D model width."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from pydantic import ValidationError
@@ -9,16 +7,24 @@ from torch import Tensor
 
 from trihybrid.mixers.contract import Shared
 from trihybrid.mixers.span import packed
-from trihybrid.models.source import ModelSource
+from trihybrid.models.anatomy import anatomy
+from trihybrid.models.inventory import empty_teacher
+from trihybrid.models.teacher.source import ModelSource
 from trihybrid.surgery.calibrate import NOISE_TOKENS, noise, noise_record, record_layers
-from trihybrid.surgery.gemma4 import read_attention
 from trihybrid.surgery.inherit import rms
+from trihybrid.surgery.layout import student_heads
 from trihybrid.surgery.section import SurgerySection
 from trihybrid.surgery.slots import build_slots
+from trihybrid.surgery.weights import LayerWeights, read_layer
 from trihybrid.testing import relative_error
 
 CONVERTED = (2, 5, 8)
 OWNERS = {2: 2, 5: 5, 8: 5}
+
+
+def read(teacher, index: int) -> LayerWeights:
+    empty = empty_teacher(teacher.config)
+    return read_layer(ModelSource(teacher), empty, anatomy(teacher.config), index, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +88,7 @@ def test_on_noise_values_and_outputs_have_the_rms_that_they_are_scaled_to(
     u_1TD = noise(32, 0, torch.empty(0))
     span, shared = packed(torch.arange(NOISE_TOKENS)[None]), Shared()
     for built in build_slots(source, teacher.config, section):
-        attention = read_attention(source, teacher.config, built.index, torch.float32)
-        x_1TD = u_1TD * attention.gain_D
+        x_1TD = u_1TD * teacher.model.layers[built.index].input_layernorm.weight
         single = teacher_alone(teacher, built.index, u_1TD)
         y_1TD = built.slot.mix(x_1TD, span, shared, None)
         assert rms(y_1TD) == pytest.approx(rms(single), rel=1e-4)
@@ -114,14 +119,13 @@ def teacher_alone(teacher, index: int, u_1TD: Tensor) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [{}, {"attention_k_eq_v": True, "num_global_key_value_heads": 2}])
 @pytest.mark.parametrize("index", CONVERTED)
-def test_the_record_of_noise_is_what_the_attention_says_of_tokens_alone(make_teacher, shape, index) -> None:
+def test_the_record_of_noise_is_what_the_attention_says_of_tokens_alone(
+    make_teacher, make_section, shape, index
+) -> None:
     teacher = make_teacher(**shape)
-    attention = read_attention(ModelSource(teacher), teacher.config, index, torch.float32)
     u_1TD = noise(32, 5, torch.empty(0))
-    groups = teacher.config.per_layer_config[index].num_key_value_heads
-    record = noise_record(
-        u_1TD, attention.gain_D, attention.value.unflatten(0, (groups, -1)), attention.output, True, 1e-6
-    )
+    heads = student_heads(teacher.config, make_section())
+    record = noise_record(u_1TD, read(teacher, index), heads, True, 1e-6)
     assert torch.equal(record.inputs[0], u_1TD * teacher.model.layers[index].input_layernorm.weight)
     assert relative_error(record.outputs[0], teacher_alone(teacher, index, u_1TD)) <= 1e-5
 
@@ -192,7 +196,7 @@ def test_a_tica_that_starts_fresh_has_nothing_of_the_teacher(teacher, make_secti
     [
         ({"calibration_tokens": 255}, "calibration_tokens is 255; it must be 0 or at least 256"),
         (
-            {"donor_keys_values": "ridge"},
+            {"donor_keys_values": "ridge", "calibration_tokens": 0},
             'donor_keys_values is "ridge", which is fitted on text; set calibration_tokens',
         ),
     ],
@@ -215,7 +219,7 @@ def test_a_missing_tensor_is_named(teacher, make_section) -> None:
 
 def test_weights_are_read_in_the_dtype_that_is_computed_in(make_teacher) -> None:
     teacher = make_teacher(torch.bfloat16)
-    attention = read_attention(ModelSource(teacher), teacher.config, 8, torch.float32)
-    assert attention.owner == 5 and attention.query.dtype == torch.float32
+    attention = read(teacher, 8).attention
+    assert attention.query.dtype == torch.float32
+    assert attention.key is not None
     assert torch.equal(attention.key, teacher.model.layers[5].self_attn.k_proj.weight.float())
-    assert replace(attention, owner=8).names == attention.names

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tiny_published import AUDIO, IMAGE, TOWERS, VIDEO
 from trihybrid.models.checkpoint import load_model, load_teacher, open_teacher
-from trihybrid.models.digest import matches
-from trihybrid.models.tensor_files import TensorRange
+from trihybrid.storage.digest import matches
+from trihybrid.storage.tensor_files import TensorRange
 from trihybrid.surgery import ahead
 from trihybrid.surgery.operate import operate, read_plan, save_student
 from trihybrid.surgery.stream import stream_student
@@ -145,18 +145,18 @@ def test_every_tensor_is_accounted_for(published, plan_of, tmp_path) -> None:
     assert all(".rwkv7." in name for name in report.made)
     # The teacher's: copied, made something of, unused, or carried, and each once.
     sources = {
-        theirs.names[f"model.layers.{layer}.self_attn.{part}.weight"]
+        theirs.names[f"model.layers.{layer}.self_attn.{part}.weight"][0]
         for layer, parts in ((2, "qkvo"), (5, "qkvo"), (8, "qo"))
         for part in [f"{letter}_proj" for letter in parts]
         + [f"{letter}_norm" for letter in parts if letter in "qk"]
     }
     parts = [
-        {theirs.names[name] for name in retained},
+        {theirs.names[name][0] for name in retained},
         sources,
         set(report.unused),
         set(report.carried),
     ]
-    everything = set(theirs.names.values()) | set(theirs.towers)
+    everything = {names[0] for names in theirs.names.values()} | set(theirs.towers)
     assert set().union(*parts) == everything and sum(map(len, parts)) == len(everything)
     manifest = json.loads((tmp_path / FOLDER / "trihybrid.json").read_text())
     assert manifest["tensors"] == vars(report)

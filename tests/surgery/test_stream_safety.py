@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trihybrid.models.checkpoint import check_folder, open_teacher
-from trihybrid.models.published import PublishedTeacher
-from trihybrid.models.tensor_files import read_header
-from trihybrid.models.tensor_writer import TensorWriter
+from trihybrid.models.checkpoint import open_teacher
+from trihybrid.models.teacher.published import PublishedTeacher
+from trihybrid.storage.folder import check_folder
+from trihybrid.storage.tensor_files import read_header
+from trihybrid.storage.tensor_writer import TensorWriter
 from trihybrid.surgery.stream import stream_student
 from trihybrid.surgery.tensors import TensorReport
 
@@ -107,8 +108,8 @@ SURGERY = (
 )  # fmt: skip
 KILL = """
 import os, signal, sys
-from trihybrid.models import piece_writer
-from trihybrid.models.tensor_writer import TensorWriter
+from trihybrid.storage import piece_writer
+from trihybrid.storage.tensor_writer import TensorWriter
 piece_writer.PIECE = 5_000
 where, count = {where!r}, {count}
 for name in ("copy", "put"):
@@ -121,8 +122,8 @@ for name in ("copy", "put"):
         return plain(self, *arguments)
     setattr(TensorWriter, name, call)
 if where == "manifest":
-    import trihybrid.models.checkpoint as checkpoint
-    checkpoint._add_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    import trihybrid.storage.folder as folder
+    folder._add_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 from trihybrid.cli import main
 main()
 """

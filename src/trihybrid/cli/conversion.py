@@ -118,7 +118,10 @@ def plan(
 @app.command()
 def convert(
     teacher: Annotated[
-        str, typer.Argument(help="Folder of a Gemma-4, as published or text only, or its name on the hub.")
+        str,
+        typer.Argument(
+            help="Folder of a Gemma, Llama, Mistral or Qwen, as published or text only, or its name on the hub."
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="Folder for the student; it must not exist yet.")],
     plan_file: Annotated[

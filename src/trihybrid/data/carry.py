@@ -1,6 +1,7 @@
 """Carrying a tokenizer from one model folder to another: its files as they are, but for a BOS before every text."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,25 +11,30 @@ from tokenizers import models
 
 from .tokens import beginning
 
+_logger = logging.getLogger(__name__)
+
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
 )
 
 
-def carry_tokenizer(source: str | Path, target: str | Path) -> str:
+def carry_tokenizer(source: str | Path, target: str | Path) -> str | None:
     """Copy the tokenizer of a model folder, chat template included, into another.
 
     A published tokenizer may leave BOS to the chat template, which costs a plain text several nats a token. In the copy
-    BOS comes first: its post-processor puts it there, and `add_bos_token` does not say otherwise.
+    BOS comes first: its post-processor puts it there, and `add_bos_token` does not say otherwise. A tokenizer that
+    names no BOS (Qwen's) and has no "<bos>" is copied as it is.
 
     Returns:
-        The BOS, as text.
+        The BOS, as text; None where there is none.
 
     Raises:
         ValueError: no tokenizer there, or one without the BOS that it names.
@@ -40,7 +46,7 @@ def carry_tokenizer(source: str | Path, target: str | Path) -> str:
     bos = settings.get("bos_token") or "<bos>"
     bos = bos["content"] if isinstance(bos, dict) else bos
     ids = [token["id"] for token in fields.get("added_tokens", []) if token["content"] == bos]
-    if not ids:
+    if not ids and settings.get("bos_token"):
         raise ValueError(
             f"{source}: bos_token {bos!r} is not among the tokenizer's added tokens; name the right one in "
             "tokenizer_config.json"
@@ -48,6 +54,9 @@ def carry_tokenizer(source: str | Path, target: str | Path) -> str:
     for name in FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
+    if not ids:
+        _logger.info("%s: the tokenizer names no BOS; it is carried as it is", source)
+        return None
     if not _begins(fields.get("post_processor"), bos):
         bare = tokenizers.Tokenizer(models.BPE())
         bare.post_processor = beginning(bos, ids[0])

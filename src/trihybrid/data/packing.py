@@ -82,7 +82,7 @@ class Batch:
 
 
 class PackedBatches:
-    """Shuffled training batches; `batch(step)` depends on nothing but the arguments.
+    """Training batches, shuffled or not; `batch(step)` depends on nothing but the arguments.
 
     Rows are numbered through the whole training: row r of the run is window `r mod windows` of the
     permutation of epoch `r // windows`, and step s takes rows s * batch_size onwards. So every epoch shows
@@ -93,15 +93,15 @@ class PackedBatches:
         shards: the stream.
         sequence_length: T, inputs of a row, >= 1.
         batch_size: B, rows of the global batch, >= 1.
-        seed: chooses the permutations, in 0..2**64 - 1.
+        seed: chooses the permutations, in 0..2**64 - 1; None leaves the windows in the order of the stream.
 
     Raises:
         ValueError: for sizes out of range, or a stream of fewer windows than one batch.
     """
 
-    def __init__(self, shards: TokenShards, sequence_length: int, batch_size: int, seed: int) -> None:
+    def __init__(self, shards: TokenShards, sequence_length: int, batch_size: int, seed: int | None) -> None:
         _check_sizes(sequence_length, batch_size)
-        if not 0 <= seed < 2**64:
+        if seed is not None and not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}, allowed 0 to 2**64 - 1")
         self._windows = (len(shards) - 1) // sequence_length
         if self._windows < batch_size:
@@ -155,6 +155,8 @@ class PackedBatches:
         Sorted raw bits of Philox: numpy promises the bits for ever, but not the result of its own
         permutation().
         """
+        if self._seed is None:
+            return np.arange(self._windows)
         if epoch not in self._permutations:
             if len(self._permutations) == 2:  # a batch spans two epochs at most
                 self._permutations.clear()

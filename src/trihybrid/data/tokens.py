@@ -7,6 +7,7 @@ known number of bytes. What `save` writes is what transformers loads; there BOS 
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,12 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
+_logger = logging.getLogger(__name__)
+
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>")
 ROLES = ("bos_token", "eos_token", "pad_token")
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+"""The step of a decoder that drops the space which its tokenizer put before a text."""
 
 
 class TextTokenizer(Protocol):
@@ -112,8 +117,9 @@ class Tokenizer:
     def from_file(cls, path: str | Path) -> "Tokenizer":
         """Load a tokenizer.json, or the one in a folder.
 
-        The names of BOS, EOS and padding come from the tokenizer_config.json beside it, else they are
-        "<bos>", "<eos>" and "<pad>".
+        The names of BOS, EOS and padding come from the tokenizer_config.json beside it; what that does not name is
+        the model's token of a config.json beside it (Qwen's documents begin with `<|endoftext|>`), else "<bos>",
+        "<eos>" or "<pad>". A tokenizer without padding (Llama's, Mistral's) fills rows with EOS, which nothing reads.
 
         Raises:
             ValueError: if the file is missing, is no tokenizer, or lacks one of the three.
@@ -127,18 +133,20 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception for a bad file
             raise ValueError(f"{file} is not a tokenizer.json: {error}") from None
-        names: dict[str, Any] = {}
-        config = file.with_name("tokenizer_config.json")
-        if config.is_file():
-            try:
-                names = json.loads(config.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{config} is not JSON: {error}") from None
-            if not isinstance(names, dict):
-                raise ValueError(f"{config} is not a JSON object")
-        found = {}
+        names, model = (
+            _json_object(file.with_name(name)) for name in ("tokenizer_config.json", "config.json")
+        )
+        model = model.get("text_config", model)
+        found: dict[str, str] = {}
         for role, default in zip(ROLES, ("<bos>", "<eos>", "<pad>"), strict=True):
-            token = names.get(role) or default
+            token = names.get(role)
+            if token is None and isinstance(model.get(f"{role}_id"), int):
+                token = backend.id_to_token(model[f"{role}_id"])
+                _logger.info("%s: %s is %s, by config.json", file, role, token)
+            if token is None and role == "pad_token" and backend.token_to_id(default) is None:
+                token = found["eos_token"]
+                _logger.info("%s: no pad_token; rows are filled with %s", file, token)
+            token = token or default
             found[role] = token["content"] if isinstance(token, dict) else token
         return cls(backend, found["bos_token"], found["eos_token"], found["pad_token"])
 
@@ -195,17 +203,19 @@ class Tokenizer:
             raise ValueError(
                 f"ids span {array.min()} to {array.max()}, the vocabulary 0 to {self.vocab_size - 1}"
             )
-        return int(self._byte_lengths[array].sum())
+        base_V, lead_V, border_V = self._byte_columns
+        before = np.concatenate([[self.bos_id], array[:-1]])[: array.size]
+        return int((base_V[array] + (lead_V[array] & ~border_V[before])).sum())
 
     def byte_rules(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """int64, bool, bool [vocabulary]: bytes of each id; no id has a space before it that is not its own, so
-        the second and third are False.
+        """int64, bool, bool [vocabulary]: bytes of each id without a space before it that the decoder may drop;
+        whether there is such a space; whether the id is a border, after which it is dropped. Only decoders that
+        strip the head of a text (Llama 2's, Mistral's) drop any: of the others the second and third are False.
 
         Raises:
             ValueError: for a tokenizer whose tokens have no fixed bytes.
         """
-        nothing_V = np.zeros(self.vocab_size, dtype=np.bool_)
-        return self._byte_lengths, nothing_V, nothing_V
+        return self._byte_columns
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, for `from_file` and transformers' AutoTokenizer."""
@@ -218,30 +228,51 @@ class Tokenizer:
         )
 
     @cached_property
-    def _byte_lengths(self) -> np.ndarray:
-        """int64 [vocabulary]: bytes of each id, by the rules of the tokenizer's decoder."""
+    def _byte_columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """See `byte_rules`; by the rules of the tokenizer's decoder."""
         content = json.loads(self._backend.to_str())
         steps = content["decoder"] or {"type": "none"}
         steps = steps["decoders"] if steps["type"] == "Sequence" else [steps]
         kinds = [step["type"] for step in steps]
         specials = {token["id"] for token in content["added_tokens"] if token["special"]}
         old = new = ""
+        stripped = False
         length: Callable[[str], int]
-        if kinds == ["ByteLevel"]:
+        if kinds[-1:] == ["Strip"] and steps[-1] == STRIP:
+            stripped, kinds = True, kinds[:-1]
+        if kinds == ["ByteLevel"] and not stripped:
             length = _byte_level_length
         elif kinds == ["Replace", "ByteFallback", "Fuse"] and "String" in steps[0]["pattern"]:
             length = _byte_fallback_length
             old, new = steps[0]["pattern"]["String"], steps[0]["content"]
         else:
             raise ValueError(
-                f"the tokenizer's decoder {kinds} has no fixed bytes for a token: bytes are known for "
-                "ByteLevel and for Replace, ByteFallback, Fuse (Gemma)"
+                f"the tokenizer's decoder {[step['type'] for step in steps]} has no fixed bytes for a token: bytes are "
+                "known for ByteLevel and for Replace, ByteFallback, Fuse (Gemma), and one Strip behind them (Llama 2)"
             )
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        base_V = np.zeros(self.vocab_size, dtype=np.int64)
+        lead_V, border_V = (np.zeros(self.vocab_size, dtype=np.bool_) for _ in range(2))
         for token, number in self._backend.get_vocab(with_added_tokens=True).items():
-            if number not in specials:
-                lengths[number] = length(token.replace(old, new) if old else token)
-        return lengths
+            if number in specials:
+                border_V[number] = stripped
+                continue
+            text = token.replace(old, new) if old else token
+            lead_V[number] = stripped and text.startswith(" ")
+            base_V[number] = length(text.removeprefix(" ") if lead_V[number] else text)
+        return base_V, lead_V, border_V
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    """The fields of a JSON file; none where there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return fields
 
 
 def beginning(bos: str, bos_id: int) -> processors.TemplateProcessing:

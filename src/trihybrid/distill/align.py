@@ -1,8 +1,10 @@
 """Stage 1: every converted slot learns what the teacher's attention says, from what the teacher's attention sees.
 
-For slot l with post-norm n_l (frozen, scale-free):  L_l = |n_l(y_S) - n_l(y_T)|^2 / |n_l(y_T)|^2,  summed over all
-tokens above and below the line;  L = mean over slots. The teacher runs once for all slots, and each slot reads the
-teacher's own stream, so slots depend on each other only where they share keys and values.
+For slot l:  L_l = |n_l(y_S) - n_l(y_T)|^2 / |n_l(y_T)|^2,  summed over all tokens above and below the line;  L = mean
+over slots. n_l is the layer's post-norm (frozen, scale-free) in families that have one between attention and residual
+stream, Gemma's; in the others it is the identity, and the loss is that of the bare outputs,
+|y_S - y_T|^2 / |y_T|^2: either way of what the residual stream receives. The teacher runs once for all slots, and each
+slot reads the teacher's own stream, so slots depend on each other only where they share keys and values.
 Legend: B batch, T time, D model width.
 """
 
@@ -17,10 +19,18 @@ from trihybrid.distill.pair import Pair
 
 
 class Alignment(nn.Module):
-    """One outer forward that runs the teacher's stream and returns the losses of all converted slots."""
+    """One outer forward that runs the teacher's stream and returns the losses of all converted slots.
+
+    Raises:
+        ValueError: no slot holds mixers of ours: a full layer that became a sliding one has nothing to align.
+    """
 
     def __init__(self, pair: Pair, checkpointing: bool = False) -> None:
         super().__init__()
+        if not pair.converted:
+            raise ValueError(
+                "stage align: no slot holds rwkv7 or tica; leave the stage out, or convert a layer"
+            )
         self.pair, self.checkpointing = pair, checkpointing
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -28,18 +38,21 @@ class Alignment(nn.Module):
         hidden_BTD, stream = self.pair.prepare(input_ids, position_ids)
         ours = stream.fork()
         losses: dict[str, Tensor] = {}
+        model = self.pair.student.model
         for index in range(max(self.pair.converted) + 1):
             record: dict[str, Tensor] | None = {} if index in self.pair.converted else None
             hidden_BTD = self.pair.teacher_layer(index, hidden_BTD, stream, record)
             if record is not None:
-                layer = self.pair.student.model.layers[index]
+                mix = model.layers[index].self_attn.mix
                 arguments = (record["input"], ours.span, ours.shared, None)
-                if self.checkpointing:
-                    y_BTD = checkpoint(layer.self_attn.mix, *arguments, use_reentrant=False)
-                else:
-                    y_BTD = layer.self_attn.mix(*arguments)
-                norm = layer.post_attention_layernorm
-                losses[f"alignment/{index}"] = relative_distance(norm(y_BTD), norm(record["output"]))
+                y_BTD = (
+                    checkpoint(mix, *arguments, use_reentrant=False)
+                    if self.checkpointing
+                    else mix(*arguments)
+                )
+                losses[f"alignment/{index}"] = relative_distance(
+                    model.received(index, y_BTD), model.received(index, record["output"])
+                )
         return torch.stack(list(losses.values())).mean(), losses
 
 

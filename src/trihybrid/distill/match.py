@@ -2,8 +2,9 @@
 
     L = KL(p_T || p_S) + weight * mean over layers of |h_S - h_T|^2 / |h_T|^2
 
-Both distributions are softcapped; the student runs on its own hidden states, so what it gets wrong below it must bear
-above (cumulative alignment). Layers below the first difference are computed once and not counted.
+Both distributions are softcapped where the teacher's is, and plain elsewhere; the student runs on its own hidden
+states, so what it gets wrong below it must bear above (cumulative alignment). Layers below the first difference are
+computed once and not counted.
 Legend: B batch, T time, D model width, N = B T.
 """
 
@@ -52,8 +53,7 @@ class Matching(nn.Module):
         for index in range(first):
             teacher_BTD = pair.teacher_layer(index, teacher_BTD, stream)
         # Keys and values that layers below have shared are the same for both streams.
-        ours = stream.fork()
-        ours.shared_attention.update(stream.shared_attention)
+        ours = stream.fork(below=True)
         student_BTD = teacher_BTD
         distances = []
         for index in range(first, len(model.layers)):

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Gemma4ForCausalLM
+from transformers import PreTrainedModel
 
-from trihybrid.mixers.contract import Mixer, Projection
-from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
-from trihybrid.models.gemma4.model import Stream
+from trihybrid.mixers.contract import HeadNorm, Mixer, Projection
+from trihybrid.models.decoder.language_model import HybridForCausalLM
+from trihybrid.models.decoder.model import Stream
 
 
 class RecordingAttention(nn.Module):
@@ -46,31 +46,31 @@ class Pair(nn.Module):
         train: patterns (with *) of the student's parameter names that train; all others are frozen.
 
     Raises:
-        ValueError: patterns that match nothing; parts that may not train; a teacher whose retained tensors are not the
-            student's.
+        ValueError: patterns that match nothing; parts that may not train, or not in this dtype; a teacher whose
+            retained tensors are not the student's.
     """
 
-    def __init__(
-        self, student: TrihybridGemma4ForCausalLM, teacher: Gemma4ForCausalLM, train: Sequence[str]
-    ) -> None:
+    def __init__(self, student: HybridForCausalLM, teacher: PreTrainedModel, train: Sequence[str]) -> None:
         super().__init__()
         self.student = student
         self.trained = self._select(train)
-        self.converted = [i for i, slot in enumerate(student.config.slot_list()) if slot.converted]
+        slots = student.config.slot_list()
+        self.converted = [index for index, slot in enumerate(slots) if slot.converted]
         self.teacher_layers = nn.ModuleDict()
         for index, layer in enumerate(teacher.model.layers):
-            _check_tensor(
-                layer.layer_scalar,
-                student.model.layers[index].layer_scalar,
-                f"model.layers.{index}.layer_scalar",
-            )
-            if _borrow(layer, student.model.layers[index], f"model.layers.{index}.", self.trained):
+            prefix, owner = f"model.layers.{index}.", student.model.layers[index]
+            for name, buffer in layer.named_buffers(recurse=False):
+                _check_tensor(buffer, getattr(owner, name), prefix + name)
+            # A full layer that became a sliding one is the same module: what differs is what it may see.
+            if _borrow(layer, owner, prefix, self.trained) or slots[index].window:
                 if index in self.converted:
                     layer.self_attn = RecordingAttention(layer.self_attn)
                 self.teacher_layers[str(index)] = layer
-        for name in ("embed_tokens", "embed_tokens_per_layer", "per_layer_model_projection", "norm"):
-            if hasattr(teacher.model, name):
-                _check_equal(getattr(teacher.model, name), getattr(student.model, name), f"model.{name}.")
+        for name, module in teacher.model.named_children():
+            if name != "layers":
+                _check_equal(module, getattr(student.model, name), f"model.{name}.")
+        if not student.config.tie_word_embeddings:
+            _check_equal(teacher.lm_head, student.lm_head, "lm_head.")
         self.teacher_layers.requires_grad_(False)
 
     def _select(self, train: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -85,10 +85,15 @@ class Pair(nn.Module):
                     f"train: {list(train)} matches {name}; only layers may train, teacher and student share the rest"
                 )
             # A master weight: small updates vanish in bfloat16; the mixers cast it where they use it.
-            if parameter.dtype != torch.float64:
+            narrow = parameter.dtype not in (torch.float32, torch.float64)
+            if not _cast_in_forward(self.student, name) and narrow:
+                raise ValueError(
+                    f"train: {list(train)} matches {name}, which has no float32 master weight in a {parameter.dtype} "
+                    "model; leave experts and routers out, or load the models in float32"
+                )
+            if narrow:
                 parameter.data = parameter.data.float()
             chosen[name] = parameter
-            _cast_in_forward(self.student, name)
         if not chosen:
             raise ValueError(f"train: {list(train)} matches no parameter of the student")
         return chosen
@@ -105,17 +110,19 @@ class Pair(nn.Module):
 
     def prepare(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Stream]:
         """Hidden states [B, T, D] and the stream with what the layers of both need; without gradient."""
+        model = self.student.model
+        types = {attention.layer_type for attention in model.anatomy.attentions}
         with torch.no_grad():
-            types = set(self.student.model.base.layer_types)
-            return self.student.model.prepare(input_ids, position_ids=position_ids, layer_types=types)
+            return model.prepare(input_ids, position_ids=position_ids, layer_types=types)
 
     @torch.no_grad()
     def teacher_layer(
         self, index: int, hidden_BTD: Tensor, stream: Stream, record: dict[str, Tensor] | None = None
     ) -> Tensor:
         """The teacher's layer on the teacher's stream; `record` receives input and output of a converted attention."""
-        layer = dict(self.teacher_layers.items()).get(str(index))
-        return self.student.model.layer(index, hidden_BTD, stream, layer, record)
+        model = self.student.model
+        layer = dict(self.teacher_layers.items()).get(str(index), model.layers[index])
+        return model.layer(index, hidden_BTD, stream, layer, record)
 
     @property
     def first_difference(self) -> int:
@@ -144,16 +151,28 @@ def _borrow(layer: nn.Module, owner: nn.Module, prefix: str, trained: dict[str, 
     return kept
 
 
-def _cast_in_forward(student: nn.Module, name: str) -> None:
-    """Let transformers' own projection that holds the parameter `name` cast its master weight, as our mixers do."""
+def _cast_in_forward(student: nn.Module, name: str) -> bool:
+    """Let transformers' own projection or norm that holds the parameter `name` cast its master weight, as our mixers
+    do; whether what holds it does."""
     path = name.rpartition(".")[0]
     module = student.get_submodule(path)
-    if type(module) is nn.Linear and module.bias is None:
+    if type(module) is nn.Linear:
         with torch.device("meta"):
-            casting = Projection(module.in_features, module.out_features)
-        casting.weight = module.weight
+            casting = Projection(module.in_features, module.out_features, bias=module.bias is not None)
+        casting.weight, casting.bias = module.weight, module.bias
         owner, _, leaf = path.rpartition(".")
         setattr(student.get_submodule(owner), leaf, casting)
+        return True
+    if type(module).__name__.endswith("RMSNorm"):
+        # Llama's norms answer in the dtype of their weight, Gemma's in that of their input.
+        if _in_the_inputs_dtype not in module._forward_hooks.values():
+            module.register_forward_hook(_in_the_inputs_dtype)
+        return True
+    return isinstance(module, Mixer | Projection | HeadNorm)
+
+
+def _in_the_inputs_dtype(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.to(arguments[0].dtype)
 
 
 def _check_equal(module: nn.Module, other: nn.Module, prefix: str) -> None:

@@ -5,7 +5,7 @@ Nothing is imported: a module that could not run here is found all the same.
 
 import ast
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -28,17 +28,24 @@ class Import:
     deferred: bool
 
 
-def closure(source: str, left_out: frozenset[str] = frozenset()) -> dict[str, str]:
+def closure(
+    source: str,
+    left_out: frozenset[str] = frozenset(),
+    packages: bool = True,
+    stand_ins: Mapping[str, str] | None = None,
+) -> dict[str, str]:
     """The modules of the package that a program reaches, imports inside functions included.
 
     Args:
         source: text of the program, outside of the package.
         left_out: rooms (`surgery`) and packages (`models.gemma4`) that the program never enters. A function that
             imports one of them stays, and fails if it is called.
+        packages: whether the packages above a module count as modules, as they do to Python; not where modules will
+            lie side by side in one folder.
+        stand_ins: dotted name of a module -> the text that takes the place of its own, and is followed instead.
 
     Returns:
-        Path inside the archive ("trihybrid/ops/attention.py") -> source text, sorted. The packages above a module are
-        modules too.
+        Path inside the archive ("trihybrid/ops/attention.py") -> source text, sorted.
 
     Raises:
         ValueError: a module that is reached imports one of `left_out` when it loads; names the chain of imports.
@@ -47,7 +54,7 @@ def closure(source: str, left_out: frozenset[str] = frozenset()) -> dict[str, st
     pending = [("", PACKAGE, item) for item in imports(source, "")]
     while pending:
         importer, package, item = pending.pop()
-        for name in _modules(item.name):
+        for name in _modules(item.name) if packages else _modules(item.name)[-1:]:
             if name in found:
                 continue
             if any(f"{name}.".startswith(f"{PACKAGE}.{room}.") for room in left_out):
@@ -59,6 +66,7 @@ def closure(source: str, left_out: frozenset[str] = frozenset()) -> dict[str, st
                 _logger.info("bundle: %s is left out, which a function of %s imports", name, importer)
                 continue
             path, text = _read(name)
+            text = (stand_ins or {}).get(name, text)
             found[name] = (path, text)
             package = name if path.endswith("/__init__.py") else name.rpartition(".")[0]
             pending.extend((name, package, inner) for inner in imports(text, package))

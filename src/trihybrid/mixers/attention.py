@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from trihybrid.mixers.contract import Cost, Mixer, Projection, Shared, Write
+from trihybrid.mixers.rotary import rotary
 from trihybrid.mixers.span import Span
 from trihybrid.mixers.state import KeyValueState, State
-from trihybrid.ops.attention import attention, block_attention
+from trihybrid.ops.attention import attention
+from trihybrid.ops.block_attention import block_attention
 from trihybrid.ops.exclude_value import exclude_own_value
-from trihybrid.ops.rotary import frequencies, normed_rotation, rotary_table
+from trihybrid.ops.rotary import normed_rotation
 
 EPSILON = 1e-6
 
@@ -98,7 +100,8 @@ class Attention(Mixer):
         q_BTHN = self.query(x_BTD).unflatten(-1, (options.heads, options.head_dim))
         k_BTGN = self.key(x_BTD).unflatten(-1, groups)
         v_BTGN = self._values(self.value(x_BTD).unflatten(-1, groups), shared)
-        cosine, sine = rotary(span, shared, options, x_BTD.dtype)
+        spacing = options.rope_dims if options.rope_frequencies == "rotated" else options.head_dim
+        cosine, sine = rotary(span, shared, options.rope_dims, options.rope_base, spacing, x_BTD.dtype)
         q_BTHN = normed_rotation(q_BTHN, self.gain_H, cosine, sine, EPSILON)
         k_BTGN = normed_rotation(k_BTGN, None, cosine, sine, EPSILON)
         scale = options.head_dim**-0.5
@@ -162,18 +165,3 @@ class Attention(Mixer):
         row = 2 * 2 * options.kv_heads * options.head_dim
         scores = 4 * options.heads * options.head_dim * read
         return Cost(2 * products + scores, row * kept, 2 * weights + row * read)
-
-
-def rotary(
-    span: Span, shared: Shared, options: AttentionOptions, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, T, 1, F] of position times frequency, made once a forward."""
-    spacing = options.rope_dims if options.rope_frequencies == "rotated" else options.head_dim
-    key = (options.rope_dims, options.rope_base, spacing)
-    if key not in shared.rotary:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        positions_BT = span.positions_BT
-        frequency_F = frequencies(options.rope_dims, options.rope_base, spacing, positions_BT.device, wide)
-        cosine, sine = rotary_table(positions_BT, frequency_F)
-        shared.rotary[key] = cosine.to(dtype), sine.to(dtype)
-    return shared.rotary[key]

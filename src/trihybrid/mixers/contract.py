@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from trihybrid.mixers.span import Span
 from trihybrid.mixers.state import State
-from trihybrid.ops.squared_mlp import fusable, squared_mlp
 
 ROLES = ("matrix", "lowrank", "decay", "vector", "embedding", "head")
 
@@ -50,13 +49,13 @@ class Shared:
         first_values_BTGD: values of the new tokens in the first attention, before any residual, for those that mix them
             in; None until then.
         value_embeddings: slot index -> what the model adds to the values of the new tokens there, [B, T, G, D].
-        rotary: (dims, base, frequencies) -> cosines and sines of the new tokens, made by whoever needs them first.
+        rotary: (dims, base, spacing, dtype) -> cosines and sines of the new tokens, made by whoever needs them first.
     """
 
     keys_values: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     first_values_BTGD: Tensor | None = None
     value_embeddings: dict[int, Tensor] = field(default_factory=dict)
-    rotary: dict[tuple[int, float, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    rotary: dict[tuple[int, float, int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class Mixer(nn.Module):
@@ -118,13 +117,14 @@ class Projection(nn.Linear):
     Args:
         inputs, outputs: channels.
         scaled: multiply the outputs by a learned `scale` [outputs], by way of the weight's rows: diag(scale) W x.
+        bias: add a learned `bias` [outputs] at the end.
 
     Attributes:
         quantiser: what the weight passes through before it is used, for training that sees its rounded self.
     """
 
-    def __init__(self, inputs: int, outputs: int, scaled: bool = False) -> None:
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, inputs: int, outputs: int, scaled: bool = False, bias: bool = False) -> None:
+        super().__init__(inputs, outputs, bias=bias)
         self.scale = nn.Parameter(torch.ones(outputs)) if scaled else None
         self.quantiser: nn.Module | None = None
 
@@ -134,17 +134,8 @@ class Projection(nn.Linear):
         return (weight if self.scale is None else weight * self.scale[:, None]).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.matrix(x.dtype))
-
-
-def squared(x: Tensor, up: Projection, down: Projection, slope: float) -> Tensor:
-    """down(max(h, slope h)^2) with h = up(x): the MLP of compact models, and the token shift's key and value (slope 0).
-
-    Training takes both matrices at once; without a gradient each stands alone, where hooks can see its inputs.
-    """
-    if torch.is_grad_enabled() and fusable(x, up.weight.shape):
-        return squared_mlp(x, up.matrix(x.dtype), down.matrix(x.dtype), slope)
-    return down(nn.functional.leaky_relu(up(x), slope).square())
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.matrix(x.dtype), bias)
 
 
 def low_rank(

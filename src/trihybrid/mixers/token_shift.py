@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trihybrid.mixers.contract import Cost, Mixer, Projection, Shared, Write, squared
+from trihybrid.mixers.contract import Cost, Mixer, Projection, Shared, Write
 from trihybrid.mixers.span import Span
+from trihybrid.mixers.squared import squared
 from trihybrid.mixers.state import ShiftState, State
 from trihybrid.ops.token_shift import last_tokens, token_shift
 
@@ -64,11 +65,12 @@ class TokenShift(Mixer):
         ]
         r_BTD = self._blend(x_BTD, shifts, self.mix_r, "taps_r")
         k_BTD = self._blend(x_BTD, shifts, self.mix_k, "taps_k")
-        return self.gated(r_BTD, k_BTD), ShiftState(last_tokens(x_BTD, before_BKD, back))
+        gate_BTD, value_BTD = self.gate_and_value(r_BTD, k_BTD)
+        return torch.sigmoid(gate_BTD) * value_BTD, ShiftState(last_tokens(x_BTD, before_BKD, back))
 
-    def gated(self, r_BTD: Tensor, k_BTD: Tensor) -> Tensor:
-        """y [B, T, D] from the two blends z_r and z_k, for callers that blend themselves."""
-        return torch.sigmoid(self.receptance(r_BTD)) * squared(k_BTD, self.key, self.value, slope=0.0)
+    def gate_and_value(self, r_BTD: Tensor, k_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """W_r z_r and W_v k, both [B, T, D], for callers that blend and gate themselves."""
+        return self.receptance(r_BTD), squared(k_BTD, self.key, self.value, slope=0.0)
 
     def _blend(self, x_BTD: Tensor, shifts: list[Tensor], mix_D: Tensor, taps: str) -> Tensor:
         share_D = torch.sigmoid(mix_D).to(x_BTD.dtype)

@@ -64,3 +64,15 @@ def write_state(cache: Cache | None, index: int, state: State | None) -> None:
         cache.update_recurrent_state(state.matrix_BHKV, index)
         # transformers sets this mark only for convolution states; without it a slot counts as empty.
         cache.layers[index].has_previous_state[0] = True
+
+
+def slot_tensors(cache: Cache, index: int) -> dict[str, Tensor]:
+    """What slot `index` holds, cloned: `keys` and `values` [B, G, S, N] of an attention, `matrix` [B, H, K, V] of a
+    recurrence; empty before the first token, and for a layer that stores nothing."""
+    slot: Any = cache.layers[index] if index < len(cache.layers) else None
+    found = {}
+    if getattr(slot, "is_initialized", False):
+        found = {"keys": slot.keys, "values": slot.values}
+    if getattr(slot, "is_recurrent_states_initialized", [False])[0]:
+        found["matrix"] = slot.recurrent_states[0]
+    return {name: tensor.detach().clone() for name, tensor in found.items() if isinstance(tensor, Tensor)}

@@ -42,24 +42,35 @@ class Slot:
         """Whether the slot stores keys and values of every token."""
         return any(kind in GROWING and kind not in self.donors for kind in self.mixers)
 
+    @property
+    def window(self) -> int | None:
+        """Tokens that the slot's sliding attention sees, where it says so itself. In a student it does where the
+        teacher's layer was a full one, which keeps its weights."""
+        return self.options.get("window") if self.mixers == ("sliding",) else None
+
     def as_dict(self) -> dict[str, Any]:
-        return {"mixers": list(self.mixers), "donors": dict(self.donors)}
+        return {"mixers": list(self.mixers), "donors": dict(self.donors)} | (
+            {"window": self.window} if self.window else {}
+        )
 
     @classmethod
     def from_dict(cls, slot: dict[str, Any]) -> "Slot":
         return cls(
-            tuple(slot["mixers"]), {kind: int(index) for kind, index in slot.get("donors", {}).items()}
+            tuple(slot["mixers"]),
+            {kind: int(index) for kind, index in slot.get("donors", {}).items()},
+            {"window": slot["window"]} if "window" in slot else {},
         )
 
 
 def parse_pattern(pattern: str, legend: Mapping[str, LegendEntry], layers: int) -> list[Slot]:
-    """Slots of a teacher of `layers` layers: a retained attention alone, or mixers of ours; no options.
+    """Slots of a teacher of `layers` layers: a retained attention alone (a sliding one may have a `window`), or mixers
+    of ours.
 
     Raises:
         ValueError: unreadable pattern, letter that is not in the legend, mixer that does not exist, two mixers of one
-            kind in a slot, mixers added to a retained attention, options, or a pattern of another length.
+            kind in a slot, mixers added to a retained attention, other options, or a pattern of another length.
     """
-    slots = read_slots(pattern, legend, CONVERSION_KINDS, {})
+    slots = read_slots(pattern, legend, CONVERSION_KINDS, {"sliding": frozenset({"window"})})
     if len(slots) != layers:
         raise ValueError(f'pattern "{pattern}" has {len(slots)} slots, the model has {layers} layers')
     for slot in slots:

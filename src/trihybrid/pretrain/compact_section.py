@@ -20,6 +20,11 @@ class CompactTrainSection(TrainSection):
         description="replay loss and gradients as one CUDA graph, for steps so short that asking for their kernels "
         "takes longer; elsewhere than on a GPU without effect",
     )
+    order: Literal["shuffled", "stream"] = Field(
+        default="shuffled",
+        description="order of the windows of text: shuffled anew in every epoch, by the loop's seed, or as they lie in "
+        "the stream, as the challenge's scripts read them",
+    )
     leak: bool = Field(
         default=False,
         description="let mixers look back over the borders of documents inside a row, as the published seed does",
@@ -30,3 +35,8 @@ class CompactTrainSection(TrainSection):
         le=1.0,
         description="share of the run after which weights are fake-quantised in the forward pass; null is never",
     )
+
+    @property
+    def order_seed(self) -> int | None:
+        """What `PackedBatches` takes as its seed."""
+        return self.loop.seed if self.order == "shuffled" else None

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from trihybrid.data import Tokenizer, carry_tokenizer, read_documents
 from trihybrid.models.checkpoint import open_teacher
-from trihybrid.models.hub import find_model
+from trihybrid.storage.hub import find_model
 from trihybrid.surgery.card import student_card
 from trihybrid.surgery.plan import check_plan, make_plan
 from trihybrid.surgery.section import SurgerySection
@@ -62,7 +62,9 @@ def convert_folder(
         tokens = text_blocks(read_documents(text), tokenizer, section.calibration_tokens)
 
     def tokenizer_files(partial: Path) -> None:
-        check_bos(partial, carry_tokenizer(published.folder, partial))
+        bos = carry_tokenizer(published.folder, partial)
+        if bos is not None:
+            check_bos(partial, bos)
 
     def card(partial: Path, report: TensorReport) -> None:
         (partial / "README.md").write_text(student_card(plan, report, out.name), encoding="utf-8")

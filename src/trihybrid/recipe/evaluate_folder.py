@@ -16,20 +16,23 @@ def evaluate_folder(model: Path, teacher: Path | None, text: str, tokens: int, l
     """One row of results for the model in a folder, on text that the tokenizer beside it reads.
 
     The recall probe is the demo's, 8 pairs of one letter each; where a round of pairs does not reach beyond the
-    model's window, filler between the rounds does.
+    model's window, filler between the rounds does. Of a model without a window no recall beyond it is measured.
 
     Raises:
         ValueError: a folder, tokenizer or text that does not serve.
     """
     loaded = load_model(model)
     reference = None if teacher is None else load_model(teacher)
-    window = loaded.config.sliding_window
+    window = getattr(loaded.config, "sliding_window", None)
     section = DataSection(
         source=text,
         tokenizer=str(model),
         validation_fraction=0.05,
         recall=RecallSection(
-            fraction=0.0, pairs=PAIRS, rounds=5, gap=0 if window <= PAIRS * CHARACTERS else 4 * window
+            fraction=0.0,
+            pairs=PAIRS,
+            rounds=5,
+            gap=4 * window if window and window > PAIRS * CHARACTERS else 0,
         ),
     )
     settings = EvaluationSection(sequence_length=length, validation_tokens=tokens)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+from transformers import Gemma4ForCausalLM
 
 from trihybrid.data import PackedBatches, PreparedData, prepare
 from trihybrid.data.section import load_tokenizer
@@ -20,14 +20,16 @@ from trihybrid.distill.align import AlignTask
 from trihybrid.distill.match import Matching, MatchTask
 from trihybrid.distill.pair import Pair
 from trihybrid.distill.section import AlignSection, MatchSection
-from trihybrid.models.checkpoint import load_model, load_teacher, save_folder
-from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
+from trihybrid.models.checkpoint import load_student, load_teacher
+from trihybrid.models.shapes import TeacherConfig
 from trihybrid.pretrain.task import PretrainTask
 from trihybrid.recipe.load import dump_recipe, load_conversion
 from trihybrid.recipe.measure import measure
 from trihybrid.recipe.planned import check_shape, teacher_name
 from trihybrid.recipe.schema import NAMES, Recipe
 from trihybrid.run import Lineage, RunDirectory, RunLog, hash_folder, hash_json, write_json, write_text
+from trihybrid.storage.folder import save_folder
+from trihybrid.surgery.layout import window_of
 from trihybrid.surgery.operate import operate, read_plan, save_student
 from trihybrid.surgery.plan import make_plan
 from trihybrid.train import Checkpoints, Task, TrainSection, fit
@@ -122,7 +124,7 @@ def execute(recipe: Recipe, folder: str | Path, resume: bool = False) -> list[di
     return measure(recipe, directory, data, names, seconds)
 
 
-def check_recipe(recipe: Recipe) -> Gemma4TextConfig:
+def check_recipe(recipe: Recipe) -> TeacherConfig:
     """The teacher's configuration, if teacher, layout and tokenizer go together; writes nothing, reads no text.
 
     Raises:
@@ -171,7 +173,7 @@ def _phases(recipe: Recipe) -> dict[str, Any]:
     return phases
 
 
-def _prepare(recipe: Recipe, base: Gemma4TextConfig, folder: Path, begun: bool) -> PreparedData:
+def _prepare(recipe: Recipe, base: TeacherConfig, folder: Path, begun: bool) -> PreparedData:
     """The data of a run. Data that no stage could train on, or that cannot be measured on, leaves no file behind."""
     existed = folder.exists()
     data = prepare(recipe.data, folder / "data", replace=False)
@@ -179,11 +181,11 @@ def _prepare(recipe: Recipe, base: Gemma4TextConfig, folder: Path, begun: bool) 
         for section in filter(None, [recipe.teacher.pretrain, *recipe.stages]):
             loop = section.loop
             PackedBatches(data.train, loop.sequence_length, loop.batch_size, loop.seed)
-        farthest = int(data.recall.distance_NT.max())
-        if farthest < base.sliding_window:
+        farthest, window = int(data.recall.distance_NT.max()), window_of(base, recipe.surgery)
+        if window is not None and farthest < window:
             raise ValueError(
-                f"data.recall: no answer lies beyond the teacher's window of {base.sliding_window} tokens (the "
-                f"farthest is {farthest} back); ask for more pairs or a wider gap"
+                f"data.recall: no answer lies beyond the window of {window} tokens (the farthest is {farthest} back); "
+                "ask for more pairs or a wider gap"
             )
     except ValueError:
         if not begun:
@@ -222,7 +224,7 @@ def _operate(run: Run, parent: str) -> str:
         teacher = load_teacher(run.directory.model("teacher"))
         plan = make_plan(teacher.config, section, teacher_name(run.recipe))
         write_json(run.directory.plan, plan)
-        student = operate(teacher, plan, calibration_blocks(run.data, section.calibration_tokens))
+        student = operate(teacher, plan, calibration_blocks(run.data, plan["surgery"]["calibration_tokens"]))
         save_student(student, plan, run.directory.model("operated"), run.data.tokenizer.save)
 
     return run.phase("operated", parent, section.model_dump(mode="json"), make)
@@ -243,8 +245,7 @@ def _distil(run: Run, stage: AlignSection | MatchSection, before: str, parent: s
     name = NAMES[stage.kind]
 
     def make(stage_hash: str) -> None:
-        student = load_model(run.directory.model(before))
-        assert isinstance(student, TrihybridGemma4ForCausalLM)
+        student = load_student(run.directory.model(before))
         pair = Pair(student, load_teacher(run.directory.model("teacher")), stage.train)
         run.train(name, parent, stage_hash, _task(run, stage, pair), stage)
         plan = read_plan(run.directory.model(before))

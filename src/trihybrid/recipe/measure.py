@@ -14,6 +14,7 @@ from trihybrid.infer.complete import complete
 from trihybrid.models.checkpoint import load_model
 from trihybrid.recipe.schema import Recipe
 from trihybrid.run import RunDirectory, write_json
+from trihybrid.surgery.layout import window_of
 
 Row = dict[str, Any]
 
@@ -27,7 +28,7 @@ def measure(
         The rows of results.json: {"stage", "bpb", "raw_bpb", "kl", "agreement", "recall", ...}.
     """
     teacher = load_model(directory.model("teacher"))
-    window = teacher.config.sliding_window
+    window = window_of(teacher.config, recipe.surgery)
     rows: list[Row] = []
     samples = []
     for name in names:
@@ -49,7 +50,7 @@ def measure(
     return rows
 
 
-def summarise(recipe: Recipe, window: int, seconds: float) -> Row:
+def summarise(recipe: Recipe, window: int | None, seconds: float) -> Row:
     """What the run was made on and what it promised, for the report. `seconds` is the time up to the measurement."""
     targets = recipe.targets
     promised = {"bpb_gap": targets.bpb_gap, "seconds": targets.seconds}
@@ -68,10 +69,14 @@ def missed_targets(recipe: Recipe, rows: list[Row], seconds: float) -> list[str]
     """One line for each promise of the recipe that these results break."""
     targets, missed = recipe.targets, []
     teacher, last = rows[0], rows[-1]
-    if targets.teacher_recall is not None and teacher["recall"] < targets.teacher_recall:
+    # Without a window there is nothing beyond it, and every distance counts.
+    beyond, where = teacher["recall"], "beyond its window"
+    if beyond is None:
+        beyond, where = teacher["recall_overall"], "at all distances"
+    if targets.teacher_recall is not None and beyond < targets.teacher_recall:
         missed.append(
-            f"the teacher's recall beyond its window is {teacher['recall']:.2f}, wanted {targets.teacher_recall:.2f}: "
-            "it has not learned what the student should keep"
+            f"the teacher's recall {where} is {beyond:.2f}, wanted {targets.teacher_recall:.2f}: it has not learned "
+            "what the student should keep"
         )
     if targets.bpb_gap is not None and last["bpb"] - teacher["bpb"] > targets.bpb_gap:
         missed.append(

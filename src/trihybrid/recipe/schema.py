@@ -21,7 +21,9 @@ class TeacherSection(BaseModel):
     """Where the teacher comes from: a folder, or trained here."""
 
     model_config = ConfigDict(extra="forbid")
-    folder: str | None = Field(default=None, description="folder of a Gemma-4 text model")
+    folder: str | None = Field(
+        default=None, description="folder of a text model of a family that can be converted"
+    )
     shape: str | None = Field(
         default=None,
         description="name of the built-in shape that the folder must have; the recipe is planned with it where the "
@@ -48,7 +50,10 @@ class TargetsSection(BaseModel):
         default=None, ge=0, description="bits a byte of the last student above the teacher's, at most"
     )
     teacher_recall: float | None = Field(
-        default=None, ge=0, le=1, description="the teacher's recall beyond its window, at least"
+        default=None,
+        ge=0,
+        le=1,
+        description="the teacher's recall beyond the window, or at all distances where there is none, at least",
     )
     improvement: bool = Field(default=False, description="bpb and KL fall from operated through every stage")
     seconds: float | None = Field(default=None, gt=0, description="time of the whole run, at most")

@@ -194,7 +194,7 @@ def _window(run: RunRecord) -> int | None:
 def _window_note(run: RunRecord) -> str:
     window = _window(run)
     if window is None:
-        return "The window is not recorded, so it is not marked."
+        return "No sliding window is recorded, so none is marked."
     return (
         f"The dashed line is the sliding window, {window:,} tokens: no sliding layer alone sees further back."
     )

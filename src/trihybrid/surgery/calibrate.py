@@ -4,7 +4,7 @@ On text the teacher runs over calibration tokens, one layer in memory at a time.
 is what its first norm makes of any direction, x = gain * u with |u|^2 = D, and its output what the attention says of a
 token alone, W_o v. The norm behind the slot takes any factor between the two out again (docs/gemma4.md).
 
-Legend: B batch, T time, D model width, G key/value heads, E query heads of one key/value head, W channels of a head.
+Legend: B batch, T time, N = B T, D model width, G key/value heads, W channels of a head.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from trihybrid.surgery.inherit import Heads
+from trihybrid.surgery.weights import LayerWeights
 
 NOISE_TOKENS = 64
 
@@ -33,9 +37,10 @@ class _Seen(Exception):
 
 @torch.no_grad()
 def record_layers(
-    model: Gemma4TextModel, tokens: Iterable[tuple[Tensor, Tensor]], layers: Iterable[int]
+    model: PreTrainedModel, tokens: Iterable[tuple[Tensor, Tensor]], layers: Iterable[int]
 ) -> dict[int, LayerRecord]:
-    """Run a text model over blocks of (input_ids, position_ids), both [B, T], and record the attentions of `layers`.
+    """Run a teacher's model, without its head, over blocks of (input_ids, position_ids), both [B, T], and record the
+    attentions of `layers`.
 
     Nothing above the last of them runs. Each block is one pass over the weights, whatever its size.
     """
@@ -77,22 +82,28 @@ def noise(width: int, seed: int, like: Tensor) -> Tensor:
 
 
 def noise_record(
-    u_1TD: Tensor, gain_D: Tensor, value_GWD: Tensor, output: Tensor, value_norm: bool, epsilon: float
+    u_1TD: Tensor, layer: LayerWeights, heads: Heads, value_norm: bool, epsilon: float
 ) -> LayerRecord:
     """What an attention would see and say of noise, each token for itself.
 
     Args:
         u_1TD: see `noise`.
-        gain_D: weight of the norm before the attention.
-        value_GWD: the value projection's rows by head.
-        output: the output projection, [D, G E W].
+        layer: its weights.
+        heads: of the teacher.
         value_norm: whether the attention brings each head of values to rms one.
         epsilon: of that norm.
     """
-    x_1TD = u_1TD * gain_D
-    v_1TGW = torch.einsum("btd,gwd->btgw", x_1TD, value_GWD)
+    x_1TD = u_1TD * layer.input_gain
+    assert layer.attention.value is not None
+    v_1TGW = linear(x_1TD, layer.attention.value, layer.attention.value_bias).unflatten(
+        -1, (heads.groups, heads.width)
+    )
     if value_norm:
         v_1TGW = v_1TGW * (v_1TGW.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt()
-    groups, width = value_GWD.shape[:2]
-    heads = output.shape[1] // (groups * width)
-    return LayerRecord([x_1TD], [v_1TGW.repeat_interleave(heads, 2).flatten(-2) @ output.T])
+    read = v_1TGW.repeat_interleave(heads.query // heads.groups, 2).flatten(-2)
+    return LayerRecord([x_1TD], [linear(read, layer.attention.output, layer.attention.output_bias)])
+
+
+def rows(blocks: list[Tensor]) -> Tensor:
+    """All tokens of blocks [B, T, D], which may differ in length, as rows [N, D]."""
+    return torch.cat([block.flatten(0, 1) for block in blocks])

@@ -1,20 +1,22 @@
 """What a layout costs: parameters, bytes and FLOPs, layer by layer, from the configuration alone.
 
 Bytes count weights, keys and values in bfloat16 and recurrences in float32. FLOPs are matrix products only, two a
-multiply-add. Of the experts of a layer, a token passes `top_k_experts`; the others are idle: held, but not read.
+multiply-add. Of the experts of a layer a token passes some; the others are idle: held, but not read.
 """
 
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Gemma3ForCausalLM, Gemma4ForCausalLM
 from transformers import initialization as init
 
 from trihybrid.mixers.rwkv7 import Rwkv7
 from trihybrid.mixers.tica import Tica
-from trihybrid.models.gemma4.config import SlotSizes, key_value_owner, teacher_kinds
-from trihybrid.models.gemma4.slot import ConvertedSlot
+from trihybrid.models.anatomy import Anatomy, anatomy
+from trihybrid.models.decoder.config import SlotSizes
+from trihybrid.models.decoder.slot import ConvertedSlot
+from trihybrid.models.families import family_of
+from trihybrid.models.pattern import Slot
 from trihybrid.models.shapes import TeacherConfig
 
 VALUE_BYTES = 2
@@ -30,21 +32,23 @@ def account(base: TeacherConfig, student: SlotSizes | None, contexts: list[int])
         bytes_read_per_token {context: FLOPs, and bytes of weights and states, of decoding one token that sees that many
         in a batch of one}, and `layers`, each with its share.
     """
+    body = anatomy(base)
+    slots = [None] * len(body.attentions) if student is None else student.slot_list()
     with torch.device("meta"), init.no_init_weights():
-        teacher = (Gemma3ForCausalLM if base.model_type == "gemma3_text" else Gemma4ForCausalLM)(base)
-        slots = {}
-        if student is not None:
-            slots = {
-                i: ConvertedSlot(student, i) for i, slot in enumerate(student.slot_list()) if slot.converted
-            }
+        teacher = family_of(base).teacher(base)
+        converted = {
+            i: ConvertedSlot(student, i)
+            for i, slot in enumerate(slots)
+            if student and slot and slot.converted
+        }
     layers = []
-    for index, layer in enumerate(teacher.model.layers):
+    for index, (layer, slot) in enumerate(zip(teacher.model.layers, slots, strict=True)):
         row = (
-            _converted(slots[index], contexts)
-            if index in slots
-            else _retained(base, index, layer.self_attn, contexts)
+            _converted(converted[index], contexts)
+            if index in converted
+            else _retained(body, index, slot, layer.self_attn, contexts)
         )
-        layers.append({"index": index, **_with_the_rest(base, layer, row)})
+        layers.append({"index": index, **_with_the_rest(body, layer, row)})
     per_layer_width = base.num_hidden_layers * getattr(base, "hidden_size_per_layer_input", 0)
     head = base.hidden_size * base.vocab_size
     fixed = _weights(teacher.model) - sum(_weights(layer) for layer in teacher.model.layers)
@@ -71,12 +75,13 @@ def account(base: TeacherConfig, student: SlotSizes | None, contexts: list[int])
     }
 
 
-def _with_the_rest(base: TeacherConfig, layer: nn.Module, row: dict[str, Any]) -> dict[str, Any]:
+def _with_the_rest(body: Anatomy, layer: nn.Module, row: dict[str, Any]) -> dict[str, Any]:
     """A mixer's row with all that stands in the layer beside it: norms, MLP, router and experts, per-layer input."""
     others = [p for name, p in layer.named_parameters() if not name.startswith("self_attn.")]
     rest = sum(p.numel() for p in others)
     experts = sum(p.numel() for p in others if p.dim() == 3)
-    active = experts * base.top_k_experts // base.num_experts if experts else 0
+    held, used = body.experts or (1, 1)
+    active = experts * used // held
     idle = experts - active
     products = sum(p.numel() for p in others if p.dim() == 2) + active
     return row | {
@@ -87,26 +92,29 @@ def _with_the_rest(base: TeacherConfig, layer: nn.Module, row: dict[str, Any]) -
     }
 
 
-def _retained(base: TeacherConfig, index: int, attention: nn.Module, contexts: list[int]) -> dict[str, Any]:
-    kind = teacher_kinds(base)[index]
-    owner = key_value_owner(base, index)
-    layer = base.per_layer_config[index]
-    token = 2 * layer.num_key_value_heads * layer.head_dim * VALUE_BYTES
-    stored = token if owner == index else 0
-    width = base.num_attention_heads * layer.head_dim
+def _retained(
+    body: Anatomy, index: int, slot: Slot | None, attention: nn.Module, contexts: list[int]
+) -> dict[str, Any]:
+    """The row of a teacher's attention, in its own place (`slot` None) or in a student's."""
+    layer = body.attentions[index]
+    kind, window = (layer.kind, body.window) if slot is None else (slot.mixers[0], slot.window or body.window)
+    if kind == "full":
+        window = None
+    token = 2 * layer.kv_heads * layer.head_dim * VALUE_BYTES
+    stored = token if layer.owner == index else 0
     products = sum(p.numel() for p in attention.parameters() if p.dim() == 2)
     weights = _weights(attention)
-    seen = {c: min(c, base.sliding_window) if kind == "sliding" else c for c in contexts}
+    seen = {c: c if window is None else min(c, window) for c in contexts}
     return {
         "mixers": [kind],
         "mixer_parameters": weights,
-        "keys_values": "own" if owner == index else f"layer {owner}",
-        "kv_bytes_per_token": stored if kind == "full" else 0,
+        "keys_values": "own" if layer.owner == index else f"layer {layer.owner}",
+        "kv_bytes_per_token": stored if window is None else 0,
         "recurrent_state_bytes": 0,
         # The token itself is not stored: a window of n needs the n - 1 tokens before it.
-        "sliding_cache_bytes": stored * (base.sliding_window - 1) if kind == "sliding" else 0,
-        "score_flops_per_pair": 2 * width if kind == "full" else 0,
-        "flops": {c: 2 * products + 4 * width * seen[c] for c in contexts},
+        "sliding_cache_bytes": 0 if window is None else stored * (window - 1),
+        "score_flops_per_pair": 2 * layer.width if window is None else 0,
+        "flops": {c: 2 * products + 4 * layer.width * seen[c] for c in contexts},
         # A layer that shares keys and values does not store them, but reads them again.
         "bytes_read": {c: VALUE_BYTES * weights + token * seen[c] for c in contexts},
     }

@@ -4,7 +4,8 @@ A global layer of the teacher has Q query heads and G key/value heads of D chann
 channels for each: R = Q / G query heads read one key/value head. Student key/value head g J + j (J = D / N blocks) is
 block j of teacher head g; student query head (g J + j) R + i is block j of teacher query head g R + i, so that
 `repeat_interleave` joins each query block with its own key block. Channels of queries and keys are first put in an
-order that keeps rotary pairs in one block; values and outputs are not.
+order that keeps rotary pairs in one block; values and outputs are not. With J = 1 all this is the identity: heads map
+one to one.
 """
 
 from dataclasses import dataclass
@@ -31,12 +32,14 @@ class Heads:
 
     def channel_order(self) -> Tensor:
         """[D] channel of the teacher's head for each channel of the student's blocks: rotary pairs (c, c + D/2) first,
-        first halves then second halves, then the rest in order. Plain order where blocks are plain."""
+        as many as fill a block at a time, of those first halves then second halves; then the rest in order. Plain order
+        where blocks are plain or there is one."""
         channels = torch.arange(self.width)
-        if not self.permuted:
+        if not self.permuted or self.blocks == 1:
             return channels
         half = self.width // 2
-        rotary = torch.cat([channels[: self.rotary_pairs], half + channels[: self.rotary_pairs]])
+        parts = channels[: self.rotary_pairs].split(self.narrow // 2)
+        rotary = torch.cat([torch.cat([part, half + part]) for part in parts])
         rest = torch.cat([channels[self.rotary_pairs : half], channels[half + self.rotary_pairs :]])
         return torch.cat([rotary, rest])
 
@@ -56,12 +59,12 @@ class Heads:
 
 
 def fold_norm(weight: Tensor, norm: Tensor, heads: int) -> tuple[Tensor, float]:
-    """A projection [heads D, C] with the teacher's per-channel norm weight [D] folded into its rows, relative to the
-    root mean square of that weight, and this rms. The student's norm is one weight for all blocks, so it can take only
-    the rms; the rows carry what differs between the blocks."""
+    """A projection [heads D, C] or its bias [heads D] with the teacher's per-channel norm weight [D] folded into its
+    rows, relative to the root mean square of that weight, and this rms. The student's norm is one weight for all
+    blocks, so it can take only the rms; the rows carry what differs between the blocks."""
     rms = norm.double().pow(2).mean().sqrt()
     factor = (norm.double() / rms).repeat(heads)
-    return (weight.double() * factor[:, None]).to(weight.dtype), float(rms)
+    return (weight.double().T * factor).T.to(weight.dtype), float(rms)
 
 
 def ridge_regression(x_TC: Tensor, y_TK: Tensor, penalty: float) -> Tensor:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig
-from transformers import initialization as init
+from transformers import PreTrainedModel
 
-from trihybrid.models.checkpoint import save_folder
-from trihybrid.models.gemma4 import TrihybridGemma4Config, TrihybridGemma4ForCausalLM
-from trihybrid.models.source import ModelSource, TensorSource
+from trihybrid.models.decoder.language_model import HybridForCausalLM
+from trihybrid.models.inventory import converted_prefixes, empty_student
+from trihybrid.models.teacher.source import ModelSource, TensorSource
+from trihybrid.storage.folder import save_folder
 from trihybrid.surgery.layout import student_config
 from trihybrid.surgery.plan import check_plan
 from trihybrid.surgery.slots import Block, build_slots
@@ -25,8 +25,8 @@ PLAN_FILE = "plan.json"
 
 @torch.no_grad()
 def operate(
-    teacher: Gemma4ForCausalLM, plan: dict[str, Any], tokens: Sequence[Block] = (), seed: int = 0
-) -> TrihybridGemma4ForCausalLM:
+    teacher: PreTrainedModel, plan: dict[str, Any], tokens: Sequence[Block] = (), seed: int = 0
+) -> HybridForCausalLM:
     """The student that `plan` makes of `teacher`.
 
     Args:
@@ -42,7 +42,7 @@ def operate(
     Raises:
         ValueError: the plan of another teacher; see `build_slots`.
     """
-    base: Gemma4TextConfig = teacher.config
+    base = teacher.config
     section = check_plan(plan, base)
     source = ModelSource(teacher)
     student = empty_student(student_config(base, section))
@@ -55,21 +55,8 @@ def operate(
     return student.eval()
 
 
-def empty_student(config: TrihybridGemma4Config) -> TrihybridGemma4ForCausalLM:
-    """A student without memory for its tensors: names and shapes."""
-    with torch.device("meta"), init.no_init_weights():
-        return TrihybridGemma4ForCausalLM(config)
-
-
-def converted_prefixes(config: TrihybridGemma4Config) -> tuple[str, ...]:
-    """What the names of all tensors of converted slots begin with."""
-    return tuple(
-        f"model.layers.{i}.self_attn." for i, slot in enumerate(config.slot_list()) if slot.converted
-    )
-
-
 def save_student(
-    student: TrihybridGemma4ForCausalLM,
+    student: HybridForCausalLM,
     plan: dict[str, Any],
     folder: str | Path,
     save_tokenizer: Callable[[Path], None] | None = None,
@@ -105,7 +92,7 @@ def read_plan(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not JSON ({error})") from None
 
 
-def _copy_retained(source: TensorSource, student: TrihybridGemma4ForCausalLM) -> None:
+def _copy_retained(source: TensorSource, student: HybridForCausalLM) -> None:
     """Copy every tensor that both have, buffers (layer scalars) included; what is left must be a mixer of ours."""
     given, ours = set(source.names), converted_prefixes(student.config)
     for path, module in student.named_modules():

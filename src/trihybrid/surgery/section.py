@@ -14,7 +14,11 @@ class Rwkv7Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     head_dim: int = Field(
-        default=128, ge=1, le=1024, description="channels a head; must divide the teacher's global head width"
+        default=128,
+        ge=1,
+        le=1024,
+        description="channels a head, at most: wider heads of the teacher are split into blocks of it, which must come "
+        "out even; others map one to one",
     )
     decay_rank: int = Field(default=256, ge=1, description="rows of the decay's LoRA")
     iclr_rank: int = Field(default=256, ge=1, description="rows of the in-context learning rate's LoRA")
@@ -55,7 +59,8 @@ class SurgerySection(BaseModel):
     )
     legend: dict[str, LegendEntry] = Field(
         default_factory=_default_legend,
-        description="mixer or mixers for each letter of the pattern",
+        description="mixer or mixers for each letter of the pattern; a full layer that becomes a sliding one takes its "
+        "window from here, {mixer: sliding, window: 1024}, or from the teacher",
     )
     rwkv7: Rwkv7Section = Field(default_factory=Rwkv7Section, description="sizes of rwkv7")
     tica: TicaSection = Field(default_factory=TicaSection, description="sizes of tica")
@@ -73,20 +78,23 @@ class SurgerySection(BaseModel):
     )
     heads: Literal["permuted", "plain"] = Field(
         default="permuted",
-        description="order of heads: so that queries meet their own keys, or plain consecutive blocks",
+        description="order of the blocks that wide heads are split into: so that queries meet their own keys, or plain "
+        "consecutive blocks; without a meaning where heads map one to one",
     )
-    calibration_tokens: int = Field(
-        default=0,
+    calibration_tokens: int | None = Field(
+        default=None,
         ge=0,
         description="tokens of text, 0 or at least 256, that scales (and ridge regression) are fitted on; with 0 the "
-        "scales come from the teacher's weights alone",
+        "scales come from the teacher's weights alone; not given: 0 where a norm stands behind the teacher's attention "
+        "(Gemma) and nothing is fitted, else 8192",
     )
 
     @model_validator(mode="after")
     def _enough_text(self) -> "SurgerySection":
-        if 0 < self.calibration_tokens < 256:
-            raise ValueError(f"calibration_tokens is {self.calibration_tokens}; it must be 0 or at least 256")
-        if self.donor_keys_values == "ridge" and not self.calibration_tokens:
+        tokens = self.calibration_tokens
+        if tokens is not None and 0 < tokens < 256:
+            raise ValueError(f"calibration_tokens is {tokens}; it must be 0 or at least 256")
+        if self.donor_keys_values == "ridge" and tokens == 0:
             raise ValueError(
                 'donor_keys_values is "ridge", which is fitted on text; set calibration_tokens (8192, say), or take '
                 '"copy"'

@@ -11,30 +11,31 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import Gemma4TextConfig
 
 from trihybrid.mixers.contract import Shared, copy_into
 from trihybrid.mixers.rwkv7 import Rwkv7
 from trihybrid.mixers.span import packed
 from trihybrid.mixers.tica import Tica
+from trihybrid.models.anatomy import anatomy
+from trihybrid.models.decoder.config import HybridConfig
+from trihybrid.models.decoder.slot import ConvertedSlot
 from trihybrid.models.drawing import drawing, one_thread
-from trihybrid.models.gemma4.config import TrihybridGemma4Config, key_value_owner
-from trihybrid.models.gemma4.slot import ConvertedSlot
-from trihybrid.models.gemma4.streamed import streamed_model
-from trihybrid.models.source import TensorSource
-from trihybrid.surgery.calibrate import LayerRecord, noise, noise_record, record_layers
-from trihybrid.surgery.gemma4 import read_attention, teacher_heads
+from trihybrid.models.inventory import empty_teacher
+from trihybrid.models.shapes import TeacherConfig
+from trihybrid.models.teacher.source import TensorSource
+from trihybrid.models.teacher.streamed import streamed_model
+from trihybrid.surgery.calibrate import LayerRecord, noise, noise_record, record_layers, rows
 from trihybrid.surgery.inherit import rms
-from trihybrid.surgery.layout import student_config
+from trihybrid.surgery.layout import settle, student_config, student_heads
 from trihybrid.surgery.section import SurgerySection
 from trihybrid.surgery.transplant import (
     RWKV7_INHERITED,
     TICA_INHERITED,
-    AttentionWeights,
     fit_keys_values,
     inherit_rwkv7,
     inherit_tica,
 )
+from trihybrid.surgery.weights import LayerWeights, read_layer
 
 Block = tuple[Tensor, Tensor]
 """Calibration tokens: (input_ids, position_ids), both int64 [B, T]."""
@@ -61,7 +62,7 @@ class BuiltSlot:
 @torch.no_grad()
 def build_slots(
     source: TensorSource,
-    base: Gemma4TextConfig,
+    base: TeacherConfig,
     section: SurgerySection,
     tokens: Sequence[Block] = (),
     seed: int = 0,
@@ -79,12 +80,13 @@ def build_slots(
     Raises:
         ValueError: text where the section says none, or none where it says some; a tensor of the teacher is missing.
     """
+    section = settle(base, section)
     _check_tokens(section, tokens)
     config = student_config(base, section)
     converted = [i for i, slot in enumerate(config.slot_list()) if slot.converted]
     builder = _Builder(source, base, section, config, seed)
     if tokens and converted:
-        wanted = sorted({key_value_owner(base, index) for index in converted} | set(converted))
+        wanted = sorted({anatomy(base).owners[index] for index in converted} | set(converted))
         builder.records = record_layers(streamed_model(base, source, builder.dtype), tokens, wanted)
         builder.positions = [positions for _, positions in tokens]
     builder.shared = [Shared() for _ in builder.positions]
@@ -120,9 +122,9 @@ class _Builder:
     """
 
     source: TensorSource
-    base: Gemma4TextConfig
+    base: TeacherConfig
     section: SurgerySection
-    config: TrihybridGemma4Config
+    config: HybridConfig
     seed: int
     records: dict[int, LayerRecord] = field(default_factory=dict)
     positions: list[Tensor] = field(default_factory=list)
@@ -132,42 +134,36 @@ class _Builder:
         kept = self.source.read("model.norm.weight")
         # Scales are fitted before anything is rounded to the teacher's dtype.
         self.dtype = torch.promote_types(kept.dtype, torch.float32)
-        self.heads = teacher_heads(self.base, self.section)
+        self.body, self.empty = anatomy(self.base), empty_teacher(self.base)
+        self.heads = student_heads(self.base, self.section)
         self.u_1TD = noise(
             self.base.hidden_size, self.seed, torch.empty(0, dtype=self.dtype, device=kept.device)
         )
         self.positions = [torch.arange(self.u_1TD.shape[1], device=kept.device)[None]]
 
     def build(self, index: int) -> BuiltSlot:
-        attention = read_attention(self.source, self.base, index, self.dtype)
-        record = self._record(index, attention)
-        fitted = attention
-        if attention.owner != index and self.section.donor_keys_values == "ridge":
-            fitted = fit_keys_values(attention, record, self.records[attention.owner], self.section.ridge)
+        layer = read_layer(self.source, self.empty, self.body, index, self.dtype)
+        record, owner = self._record(index, layer), self.body.owners[index]
+        x_ND, fitted = rows(record.inputs), layer.attention
+        if owner != index and self.section.donor_keys_values == "ridge":
+            fitted = fit_keys_values(fitted, x_ND, rows(self.records[owner].inputs), self.section.ridge)
         slot = self._drawn(index)
         inherited = set()
         for mixer in slot.mixers():
             if isinstance(mixer, Rwkv7):
-                inherit_rwkv7(mixer, fitted, self.heads, record)
+                inherit_rwkv7(mixer, fitted, self.body, self.heads, x_ND)
                 inherited |= {f"rwkv7.{name}" for name in RWKV7_INHERITED}
             elif isinstance(mixer, Tica) and self.section.tica.start == "inherited":
-                inherit_tica(mixer, attention, self.heads)
+                inherit_tica(mixer, layer.attention, self.heads)
                 inherited |= {f"tica.{name}" for name in TICA_INHERITED}
         self._scale(slot, record)
         found = frozenset(inherited & {name for name, _ in slot.named_parameters()})
-        return BuiltSlot(index, slot, found, attention.names if found else frozenset())
+        return BuiltSlot(index, slot, found, layer.names if found else frozenset())
 
-    def _record(self, index: int, attention: AttentionWeights) -> LayerRecord:
+    def _record(self, index: int, layer: LayerWeights) -> LayerRecord:
         if self.records:
             return self.records[index]
-        return noise_record(
-            self.u_1TD,
-            attention.gain_D,
-            attention.value.unflatten(0, (self.heads.groups, self.heads.width)),
-            attention.output,
-            value_norm=True,
-            epsilon=self.base.rms_norm_eps,
-        )
+        return noise_record(self.u_1TD, layer, self.heads, self.body.value_norm, self.base.rms_norm_eps)
 
     def _drawn(self, index: int) -> ConvertedSlot:
         """The slot at its start, which nothing but the seed and the index decide."""
@@ -187,5 +183,7 @@ class _Builder:
             for x_BTD, positions, shared in zip(record.inputs, self.positions, self.shared, strict=True)
         ]
         if hasattr(slot, "rwkv7"):
-            weight = slot.rwkv7.output.weight
-            copy_into(weight, weight * (rms(torch.cat(record.outputs)) / max(rms(torch.cat(outputs)), 1e-12)))
+            weight, bias = slot.rwkv7.output.weight, slot.rwkv7.output.bias
+            # A bias is the teacher's own and right as it is.
+            theirs, ours = (rows(y) if bias is None else rows(y) - bias for y in (record.outputs, outputs))
+            copy_into(weight, weight * (rms(theirs) / max(rms(ours), 1e-12)))

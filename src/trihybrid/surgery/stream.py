@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Gemma4TextConfig, GenerationConfig
+from transformers import GenerationConfig
 
-from trihybrid.models.checkpoint import Written, save_folder
-from trihybrid.models.gemma4 import TrihybridGemma4Config, TrihybridGemma4ForCausalLM
-from trihybrid.models.published import PublishedTeacher
-from trihybrid.models.source import FileSource
-from trihybrid.models.tensor_files import DTYPES, TensorRange
-from trihybrid.models.tensor_writer import TensorShape, TensorWriter, file_bytes
+from trihybrid.models.decoder.config import HybridConfig
+from trihybrid.models.families import family_of
+from trihybrid.models.inventory import converted_prefixes, wanted_tensors
+from trihybrid.models.teacher.published import PublishedTeacher
+from trihybrid.models.teacher.source import FileSource
+from trihybrid.storage.folder import Written, save_folder
+from trihybrid.storage.tensor_files import DTYPES, StoredTensor
+from trihybrid.storage.tensor_writer import TensorShape, TensorWriter, file_bytes, file_order
 from trihybrid.surgery.ahead import Ahead
 from trihybrid.surgery.layout import student_config
-from trihybrid.surgery.operate import converted_prefixes, empty_student, write_plan
+from trihybrid.surgery.operate import write_plan
 from trihybrid.surgery.plan import check_plan
 from trihybrid.surgery.slots import Block, BuiltSlot, build_slots
 from trihybrid.surgery.tensors import TOWERS, TensorReport
@@ -60,7 +62,6 @@ def stream_student(
         ValueError: the plan of another teacher; tensors that are missing or do not fit; a disk without the space that
             is needed, or one that becomes full. Nothing is left then.
     """
-    assert isinstance(teacher.base, Gemma4TextConfig)
     section = check_plan(plan, teacher.base)
     contents = _contents(teacher, student_config(teacher.base, section), towers)
     _check_space(Path(folder), contents.size())
@@ -75,7 +76,7 @@ def stream_student(
         finish(partial, report)
         # Last, for a folder without a configuration is no model's.
         config = contents.config
-        config.architectures, config.dtype = [TrihybridGemma4ForCausalLM.__name__], contents.dtype
+        config.architectures, config.dtype = [family_of(teacher.base).student.__name__], contents.dtype
         config.save_pretrained(partial)
         return Written(entries, {"tensors": vars(report)})
 
@@ -97,11 +98,11 @@ class _Contents:
     """
 
     teacher: PublishedTeacher
-    config: TrihybridGemma4Config
+    config: HybridConfig
     dtype: torch.dtype
-    kept: dict[str, TensorRange]
+    kept: dict[str, StoredTensor]
     slots: dict[str, TensorShape]
-    carried: dict[str, TensorRange]
+    carried: dict[str, StoredTensor]
 
     def weights(self) -> dict[str, TensorShape]:
         """All tensors of the model, in the order of its file."""
@@ -112,10 +113,8 @@ class _Contents:
         return file_bytes(self.weights()) + (file_bytes(_shapes(self.carried)) if self.carried else 0)
 
 
-def _contents(teacher: PublishedTeacher, config: TrihybridGemma4Config, towers: bool) -> _Contents:
-    wanted = {name: tuple(tensor.shape) for name, tensor in empty_student(config).state_dict().items()}
-    if config.tie_word_embeddings:
-        del wanted["lm_head.weight"]
+def _contents(teacher: PublishedTeacher, config: HybridConfig, towers: bool) -> _Contents:
+    wanted = wanted_tensors(config)
     made_here = {name for name in wanted if name.startswith(converted_prefixes(config))}
     kept = _retained(teacher, {name: shape for name, shape in wanted.items() if name not in made_here})
     dtype = DTYPES[kept["model.embed_tokens.weight"].dtype]
@@ -154,7 +153,8 @@ def _write_tensors(
             used |= built.sources
         ahead.finish()
     teacher = contents.teacher
-    unused = [teacher.names[name] for name in teacher.text.keys() - contents.kept.keys() - used]
+    idle = teacher.text.keys() - contents.kept.keys() - used
+    unused = [published for name in idle for published in teacher.names[name]]
     report = TensorReport(
         copied=len(contents.kept),
         made=sorted(made),
@@ -174,11 +174,11 @@ def _carry_settings(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _shapes(ranges: dict[str, TensorRange]) -> dict[str, TensorShape]:
+def _shapes(ranges: dict[str, StoredTensor]) -> dict[str, TensorShape]:
     return {name: TensorShape.like(place) for name, place in ranges.items()}
 
 
-def _retained(teacher: PublishedTeacher, wanted: dict[str, tuple[int, ...]]) -> dict[str, TensorRange]:
+def _retained(teacher: PublishedTeacher, wanted: dict[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
     """Ranges of the tensors that the student has from the teacher, in the order of the file.
 
     Raises:
@@ -197,14 +197,8 @@ def _retained(teacher: PublishedTeacher, wanted: dict[str, tuple[int, ...]]) -> 
     return _in_file_order({name: teacher.text[name] for name in wanted})
 
 
-def _in_file_order(ranges: dict[str, TensorRange]) -> dict[str, TensorRange]:
-    """Ranges as they lie on the disk; wide dtypes first, so that each begins at a multiple of its own width."""
-
-    def order(item: tuple[str, TensorRange]) -> tuple[int, Path, int]:
-        place = item[1]
-        return -DTYPES.get(place.dtype, torch.uint8).itemsize, place.path, place.start
-
-    return dict(sorted(ranges.items(), key=order))
+def _in_file_order(ranges: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    return dict(sorted(ranges.items(), key=lambda item: file_order(item[1])))
 
 
 def _check_space(folder: Path, size: int) -> None:

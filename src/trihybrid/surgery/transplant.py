@@ -1,69 +1,75 @@
-"""What a mixer takes over from a wide attention: projections head by head, norms, and the scale of values.
+"""What a mixer takes over from a teacher's attention: projections head by head, biases, norms, and the scale of values.
 
-Legend: B batch, T time, D model width, Q query heads, G key/value heads, W channels of a head.
+Legend: N tokens, C model width.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-from trihybrid.mixers.contract import copy_into
+from trihybrid.mixers.contract import Projection, copy_into
 from trihybrid.mixers.rwkv7 import Rwkv7
 from trihybrid.mixers.tica import Tica
-from trihybrid.surgery.calibrate import LayerRecord
+from trihybrid.models.anatomy import Anatomy
 from trihybrid.surgery.inherit import Heads, fold_norm, ridge_regression, rms
+from trihybrid.surgery.weights import AttentionWeights
 
+PROJECTIONS = ("receptance", "key", "value", "output")
 RWKV7_INHERITED = (
-    "receptance.weight",
+    *(f"{name}.{part}" for name in PROJECTIONS for part in ("weight", "bias")),
     "r_norm.weight",
-    "key.weight",
     "k_norm.weight",
-    "value.weight",
-    "output.weight",
 )
 TICA_INHERITED = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
 
 
-@dataclass(frozen=True)
-class AttentionWeights:
-    """Tensors of an attention; key, value and key norm are those of the layer that owns them.
-
-    Attributes:
-        owner: index of the layer whose keys and values it reads; its own where it has some.
-        gain_D: weight of the norm before the attention.
-        query: [Q W, D], with its norm's weight [W].
-        key: [G W, D], with its norm's weight [W].
-        value: [G W, D]; of teachers whose values are their keys, the key projection.
-        output: [D, Q W].
-        names: what these tensors are called in the teacher, without the gain.
-    """
-
-    owner: int
-    gain_D: Tensor
-    query: Tensor
-    query_norm: Tensor
-    key: Tensor
-    key_norm: Tensor
-    value: Tensor
-    output: Tensor
-    names: frozenset[str]
-
-
-def inherit_rwkv7(mixer: Rwkv7, attention: AttentionWeights, heads: Heads, record: LayerRecord) -> None:
-    """Receptance, key, value and output from a wide attention's projections, head by head (see `Heads`)."""
-    query, scale = fold_norm(attention.query, attention.query_norm, heads.query)
-    copy_into(mixer.receptance.weight, query[heads.query_rows()])
+def inherit_rwkv7(
+    mixer: Rwkv7, attention: AttentionWeights, body: Anatomy, heads: Heads, x_NC: Tensor
+) -> None:
+    """Receptance, key, value and output from an attention's projections, head by head (see `Heads`); `x_NC` is what it
+    sees."""
+    query, query_bias, gain = attention.query, attention.query_bias, attention.query_gain
+    _fill(mixer.receptance, query, query_bias, gain, heads.query_rows(), heads.query)
+    scale = _scale(query, query_bias, gain, x_NC) * body.score_scale
     copy_into(mixer.r_norm.weight, torch.full_like(mixer.r_norm.weight, scale))
     copy_into(mixer.output.weight, attention.output[:, heads.query_rows(ordered=False)])
+    if attention.output_bias is not None:
+        copy_into(mixer.output.bias, attention.output_bias)
     if mixer.donor is not None:
         return
-    key, scale = fold_norm(attention.key, attention.key_norm, heads.groups)
-    copy_into(mixer.key.weight, key[heads.key_rows()])
+    key, value, value_bias = attention.key, attention.value, attention.value_bias
+    assert key is not None and value is not None
+    _fill(mixer.key, key, attention.key_bias, attention.key_gain, heads.key_rows(), heads.groups)
+    scale = _scale(key, attention.key_bias, attention.key_gain, x_NC)
     copy_into(mixer.k_norm.weight, torch.full_like(mixer.k_norm.weight, scale))
-    # The teacher norms its values (rms 1 a token); the student has no such norm, so its projection carries the scale.
-    value = attention.value / max(rms(torch.cat(record.inputs) @ attention.value.T), 1e-12)
-    copy_into(mixer.value.weight, value[heads.key_rows(ordered=False)])
+    if body.value_norm:
+        # The teacher norms its values (rms 1 a token); the student has no such norm: its projection carries the scale.
+        size = max(rms(linear(x_NC, value, value_bias)), 1e-12)
+        value, value_bias = value / size, None if value_bias is None else value_bias / size
+    _fill(mixer.value, value, value_bias, None, heads.key_rows(ordered=False), heads.groups)
+
+
+def _fill(
+    projection: Projection,
+    weight: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    rows: Tensor,
+    heads: int,
+) -> None:
+    """Copy `rows` of a teacher's projection and of its bias, with the gain of the norm behind it folded in."""
+    for parameter, tensor in ((projection.weight, weight), (projection.bias, bias)):
+        if tensor is not None:
+            folded = tensor if gain is None else fold_norm(tensor, gain, heads)[0]
+            copy_into(parameter, folded[rows])
+
+
+def _scale(weight: Tensor, bias: Tensor | None, gain: Tensor | None, x_NC: Tensor) -> float:
+    """Size of what a teacher's projection says to its attention: the rms of its norm's gain, or where it has no norm of
+    its outputs."""
+    return rms(linear(x_NC, weight, bias) if gain is None else gain)
 
 
 def inherit_tica(mixer: Tica, attention: AttentionWeights, heads: Heads) -> None:
@@ -82,8 +88,10 @@ def inherit_tica(mixer: Tica, attention: AttentionWeights, heads: Heads) -> None
             f'surgery.tica.start is "inherited": {len(content)} channels a head of the teacher have no rotary '
             f"position, tica.head_dim is {options.head_dim}; lower it, or start fresh"
         )
-    query, _ = fold_norm(attention.query, attention.query_norm, heads.query)
-    key, _ = fold_norm(attention.key, attention.key_norm, heads.groups)
+    assert attention.query_gain is not None and attention.key_gain is not None
+    assert attention.key is not None and attention.value is not None
+    query, _ = fold_norm(attention.query, attention.query_gain, heads.query)
+    key, _ = fold_norm(attention.key, attention.key_gain, heads.groups)
     places = len(content) // options.head_dim
     per_key, repeats = options.heads // options.kv_heads, heads.query // heads.groups
 
@@ -103,12 +111,12 @@ def inherit_tica(mixer: Tica, attention: AttentionWeights, heads: Heads) -> None
 
 
 def fit_keys_values(
-    attention: AttentionWeights, record: LayerRecord, owner: LayerRecord, penalty: float
+    attention: AttentionWeights, x_NC: Tensor, donor_NC: Tensor, penalty: float
 ) -> AttentionWeights:
-    """The attention with keys and values that, of its own inputs, come near those that its owner makes of the owner's
-    inputs: by ridge regression on the tokens of both records."""
-    x_TD, donor_TD = (torch.cat(seen.inputs).flatten(0, 1) for seen in (record, owner))
+    """The attention with keys and values that, of its own inputs `x_NC`, come near those that their owner makes of the
+    owner's inputs `donor_NC`: by ridge regression on the same tokens."""
+    assert attention.key is not None and attention.value is not None
     both = torch.cat([attention.key, attention.value])
-    joint = ridge_regression(x_TD, donor_TD @ both.T, penalty).to(both.dtype)
+    joint = ridge_regression(x_NC, donor_NC @ both.T, penalty).to(both.dtype)
     key, value = joint.split(len(attention.key))
     return replace(attention, key=key, value=value)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from trihybrid.mixers.attention import Attention, AttentionOptions
-from trihybrid.mixers.contract import Mixer, Projection, Shared, Write, squared
+from trihybrid.mixers.contract import Mixer, Projection, Shared, Write
 from trihybrid.mixers.rwkv7 import Rwkv7, Rwkv7Options
 from trihybrid.mixers.span import Span
+from trihybrid.mixers.squared import squared
 from trihybrid.mixers.state import ShiftState, State
 from trihybrid.mixers.tica import Tica, TicaOptions
 from trihybrid.mixers.token_shift import TokenShift, TokenShiftOptions
@@ -68,8 +69,8 @@ class Block(nn.Module):
         """Takes the stream as two summands, x + branch (None for zero), and gives it back as two: the stream after the
         mixers and the output of the MLP, not yet added. All are [B, T, D]; the states are one a mixer."""
         stream = (x_BTD, branch_BTD, first_BTD, self.embedding_mix)
-        x_BTD, mixed_BTD, after = self._mix(stream, span, states, shared)
-        x_BTD, z_BTD = mixed_norm(x_BTD, mixed_BTD, None, None, self.norm_scale, EPSILON)
+        x_BTD, mixed_BTD, gate_BTD, after = self._mix(stream, span, states, shared)
+        x_BTD, z_BTD = mixed_norm(x_BTD, mixed_BTD, None, None, self.norm_scale, EPSILON, gate_BTD)
         return x_BTD, self.mlp(z_BTD), after
 
     def _mix(
@@ -78,10 +79,12 @@ class Block(nn.Module):
         span: Span,
         states: list[State | None],
         shared: Shared,
-    ) -> tuple[Tensor, Tensor | None, list[State | None]]:
-        """The mixed stream with the outputs of all mixers but the last, the last one's output, and the states."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, list[State | None]]:
+        """The mixed stream with the outputs of all mixers but the last, the last one's output, a gate that its logistic
+        function has yet to open (None for no gate), and the states."""
         only = self.mixers[0]
-        # A block of tokens that nothing came before: the norm blends, so that its rows are not written out.
+        # A block of tokens that nothing came before: one norm blends and the next one gates, so that neither the normed
+        # rows nor the gated ones are written out.
         if (
             isinstance(only, TokenShift)
             and len(self.mixers) == 1
@@ -91,7 +94,8 @@ class Block(nn.Module):
             shares = torch.sigmoid(only.mix_r), torch.sigmoid(only.mix_k)
             x_BTD, r_BTD, k_BTD = mixed_blend(*stream, span.positions_BT, *shares, self.norm_scale, EPSILON)
             last_B1D = scaled_norm(x_BTD[:, -1:], self.norm_scale, EPSILON)
-            return x_BTD, only.gated(r_BTD, k_BTD), [ShiftState(last_tokens(last_B1D, None, 1))]
+            gate_BTD, value_BTD = only.gate_and_value(r_BTD, k_BTD)
+            return x_BTD, value_BTD, gate_BTD, [ShiftState(last_tokens(last_B1D, None, 1))]
         x_BTD, z_BTD = mixed_norm(*stream, self.norm_scale, EPSILON)
         branch_BTD, after = None, []
         for mixer, state in zip(self.mixers, states, strict=True):
@@ -99,7 +103,7 @@ class Block(nn.Module):
                 x_BTD = x_BTD + branch_BTD
             branch_BTD, state = mixer(z_BTD, span, state, shared)
             after.append(state)
-        return x_BTD, branch_BTD, after
+        return x_BTD, branch_BTD, None, after
 
     def initialise(self, index: int, count: int, write: Write) -> None:
         """The mixers' own start, with every output matrix zero; an orthogonal `up`."""

@@ -19,8 +19,8 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4TextAttention, Gemm
 from trihybrid.mixers.contract import Cost, Mixer, Shared, Write
 from trihybrid.mixers.span import Span
 from trihybrid.mixers.state import KeyValueState, State
+from trihybrid.models.anatomy import anatomy
 from trihybrid.models.cache import CACHE
-from trihybrid.models.gemma4.config import key_value_owner, teacher_kinds
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 
@@ -46,10 +46,8 @@ class RetainedAttention(Mixer):
                 f'attn_implementation is "{base._attn_implementation}"; the adapter of retained attention takes '
                 f"{' or '.join(IMPLEMENTATIONS)}"
             )
-        if base.use_bidirectional_attention == "all":
-            raise ValueError('use_bidirectional_attention is "all"; a mixer is causal, use null or "vision"')
-        owner = key_value_owner(base, index)
-        self.kind = teacher_kinds(base)[index]
+        layer = anatomy(base).attentions[index]
+        self.kind, owner = layer.kind, layer.owner
         self.window: int | None = base.sliding_window if self.kind == "sliding" else None
         self.donor = None if owner == index else owner
         self.publishes = index if self.donor is None else None

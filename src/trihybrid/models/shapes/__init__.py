@@ -7,6 +7,9 @@ to the defaults of the configuration classes written out. The files of Gemma 3 f
 vocabulary (262,208) than the script. Checked against the parameter counts that the Hugging Face hub states for the
 published files (Gemma 4, to the last parameter) and KerasHub's presets (Gemma 3): `tests/surgery/test_shapes.py`.
 
+Of Qwen3, Llama 3.2 and Mistral: the published config.json of the models that the aliases name, whose parameter counts
+the class has to the last one.
+
 The 12B is published as `gemma4_unified_text`: the text model of Gemma 4 without per-layer inputs and experts. Here it
 is the `gemma4_text` that computes the same.
 """
@@ -16,11 +19,32 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TypeAlias
 
-from transformers import Gemma3TextConfig, Gemma4TextConfig
+from transformers import (
+    Gemma3TextConfig,
+    Gemma4TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
-TeacherConfig: TypeAlias = Gemma4TextConfig | Gemma3TextConfig
+TeacherConfig: TypeAlias = PreTrainedConfig
 
-CLASSES: dict[str, type[TeacherConfig]] = {"gemma4_text": Gemma4TextConfig, "gemma3_text": Gemma3TextConfig}
+CLASSES: dict[str, type[TeacherConfig]] = {
+    config.model_type: config
+    for config in (
+        Gemma4TextConfig,
+        Gemma3TextConfig,
+        LlamaConfig,
+        MistralConfig,
+        Qwen2Config,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    )
+}
+"""Model type of a teacher -> class of its configuration."""
 
 ALIASES = {
     f"google/{family}-{size}{ending}": f"{family}-{size}".lower()
@@ -30,6 +54,13 @@ ALIASES = {
     )
     for size in sizes
     for ending in endings
+} | {
+    "Qwen/Qwen3-1.7B": "qwen3-1.7b",
+    "Qwen/Qwen3-8B": "qwen3-8b",
+    "meta-llama/Llama-3.2-1B": "llama-3.2-1b",
+    "meta-llama/Llama-3.2-1B-Instruct": "llama-3.2-1b",
+    "mistralai/Mistral-7B-v0.3": "mistral-7b-v0.3",
+    "mistralai/Mistral-7B-Instruct-v0.3": "mistral-7b-v0.3",
 }
 
 

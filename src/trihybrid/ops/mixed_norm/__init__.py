@@ -1,11 +1,11 @@
 """The residual stream between two branches of a compact model: sum, mix with the first rows, norm and token shift in
 one pass over memory.
 
-    s = x + branch        u = m0 s + m1 first        z = scale u / sqrt(mean u^2 + epsilon)
+    s = x + branch or x + sigmoid(gate) branch        u = m0 s + m1 first        z = scale u / sqrt(mean u^2 + epsilon)
     r = z^- + a (z - z^-)        k = z^- + b (z - z^-)        z^-_t = z_{t-1}, zero where a document begins
 
-with m0, m1, a and b a channel each. A compiler needs a pass for every column sum of the backward and writes z and z^-
-out. On a GPU the kernels compute in float32 and round once, as they store.
+with m0, m1, a and b a channel each. A compiler needs a pass for every column sum of the backward, and writes z, z^- and
+the gated branch out. On a GPU the kernels compute in float32 and round once, as they store.
 
 Legend: B batch, T time, D model width.
 """
@@ -39,8 +39,11 @@ def mixed_norm_reference(
     mix_2D: Tensor | None,
     scale: float,
     epsilon: float,
+    gate_BTD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition of `mixed_norm`."""
+    if branch_BTD is not None and gate_BTD is not None:
+        branch_BTD = torch.sigmoid(gate_BTD) * branch_BTD
     u_BTD = x_BTD if branch_BTD is None else x_BTD + branch_BTD
     if mix_2D is not None:
         own_D, first_D = mix_2D.to(x_BTD.dtype)
@@ -75,6 +78,7 @@ def mixed_norm(
     mix_2D: Tensor | None,
     scale: float,
     epsilon: float,
+    gate_BTD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The mixed stream u and its norm z, both [B, T, D] in x's dtype; by kernels where x is `fusable`.
 
@@ -82,13 +86,16 @@ def mixed_norm(
         x_BTD: the stream.
         branch_BTD: what is added to it, of x's dtype; None for nothing.
         first_BTD: what it is mixed with, of x's dtype; unread when `mix_2D` is None.
-        mix_2D: m0 and m1, of any dtype; None for u = x + branch.
+        mix_2D: m0 and m1, of any dtype; None for u = s.
         scale, epsilon: see above.
+        gate_BTD: the gate before its logistic function, of x's dtype, where there is a branch and no mix; None for a
+            branch as it is.
     """
+    assert gate_BTD is None or (branch_BTD is not None and mix_2D is None)
     if not fusable(x_BTD):
-        return mixed_norm_reference(x_BTD, branch_BTD, first_BTD, mix_2D, scale, epsilon)
+        return mixed_norm_reference(x_BTD, branch_BTD, first_BTD, mix_2D, scale, epsilon, gate_BTD)
     first_BTD, mix_2D = _mixed(first_BTD, mix_2D)
-    u_BTD, z_BTD, _, _ = _forward(x_BTD, branch_BTD, first_BTD, mix_2D, None, None, scale, epsilon)
+    u_BTD, z_BTD, _, _ = _forward(x_BTD, branch_BTD, gate_BTD, first_BTD, mix_2D, None, None, scale, epsilon)
     return u_BTD, z_BTD
 
 
@@ -117,7 +124,7 @@ def mixed_blend(
     first_BTD, mix_2D = _mixed(first_BTD, mix_2D)
     shares_2D = torch.stack([share_r_D.float(), share_k_D.float()])
     u_BTD, r_BTD, k_BTD, _ = _forward(
-        x_BTD, branch_BTD, first_BTD, mix_2D, positions_BT, shares_2D, scale, epsilon
+        x_BTD, branch_BTD, None, first_BTD, mix_2D, positions_BT, shares_2D, scale, epsilon
     )
     return u_BTD, r_BTD, k_BTD
 
@@ -142,6 +149,7 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
 def _forward(
     x_BTD: Tensor,
     branch_BTD: Tensor | None,
+    gate_BTD: Tensor | None,
     first_BTD: Tensor | None,
     mix_2D: Tensor | None,
     positions_BT: Tensor | None,
@@ -155,6 +163,7 @@ def _forward(
     return forward(
         x_BTD.contiguous(),
         _rows(branch_BTD),
+        _rows(gate_BTD),
         _rows(first_BTD),
         _rows(mix_2D),
         positions_BT,
@@ -168,6 +177,7 @@ def _forward(
 def _(
     x_BTD: Tensor,
     branch_BTD: Tensor | None,
+    gate_BTD: Tensor | None,
     first_BTD: Tensor | None,
     mix_2D: Tensor | None,
     positions_BT: Tensor | None,
@@ -188,14 +198,16 @@ def _backward(
     grad_k_BTD: Tensor | None,
     x_BTD: Tensor,
     branch_BTD: Tensor | None,
+    gate_BTD: Tensor | None,
     first_BTD: Tensor | None,
     mix_2D: Tensor | None,
     positions_BT: Tensor | None,
     shares_2D: Tensor | None,
     factor_BT: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of s, first, mix and shares; empty where the input is None. `grad_r` is z's without positions."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of s, branch and gate, first, mix and shares; empty where the input is None, as is that of a branch
+    without a gate, which is that of s. `grad_r` is z's without positions."""
     from trihybrid.ops.mixed_norm.triton import backward
 
     return backward(
@@ -204,6 +216,7 @@ def _backward(
         _rows(grad_k_BTD),
         x_BTD.contiguous(),
         _rows(branch_BTD),
+        _rows(gate_BTD),
         _rows(first_BTD),
         _rows(mix_2D),
         positions_BT,
@@ -220,16 +233,20 @@ def _(
     grad_k_BTD: Tensor | None,
     x_BTD: Tensor,
     branch_BTD: Tensor | None,
+    gate_BTD: Tensor | None,
     first_BTD: Tensor | None,
     mix_2D: Tensor | None,
     positions_BT: Tensor | None,
     shares_2D: Tensor | None,
     factor_BT: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape, width = x_BTD.shape, x_BTD.shape[2]
+    gated = (0,) if gate_BTD is None else shape
     return (
         x_BTD.new_empty(shape),
+        x_BTD.new_empty(gated),
+        x_BTD.new_empty(gated),
         x_BTD.new_empty((0,) if mix_2D is None else shape),
         factor_BT.new_empty((0,) if mix_2D is None else (2, width)),
         factor_BT.new_empty((0,) if shares_2D is None else (2, width)),
@@ -239,18 +256,26 @@ def _(
 def _keep(
     ctx: torch.autograd.function.FunctionCtx,
     inputs: tuple[
-        Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, float
+        Tensor,
+        Tensor | None,
+        Tensor | None,
+        Tensor | None,
+        Tensor | None,
+        Tensor | None,
+        Tensor | None,
+        float,
+        float,
     ],
     output: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
-    x_BTD, branch_BTD, first_BTD, mix_2D, positions_BT, shares_2D, scale, _ = inputs
+    x_BTD, branch_BTD, gate_BTD, first_BTD, mix_2D, positions_BT, shares_2D, scale, _ = inputs
     u_BTD, _, k_BTD, factor_BT = output
     ctx.branched = branch_BTD is not None  # type: ignore[attr-defined]
     if mix_2D is None:
-        # u is all that the backward asks for: one tensor less to keep and to read.
-        x_BTD, branch_BTD = u_BTD, None
+        # u is all that the norm's backward asks for: one tensor less to keep and to read, but for a gate's.
+        x_BTD, branch_BTD = u_BTD, None if gate_BTD is None else branch_BTD
     ctx.mark_non_differentiable(*((factor_BT,) if k_BTD.dim() == 3 else (k_BTD, factor_BT)))
-    kept = (x_BTD, branch_BTD, first_BTD, mix_2D, positions_BT, shares_2D, factor_BT)
+    kept = (x_BTD, branch_BTD, gate_BTD, first_BTD, mix_2D, positions_BT, shares_2D, factor_BT)
     ctx.save_for_backward(*kept)  # type: ignore[arg-type]
     ctx.scale = scale  # type: ignore[attr-defined]
 
@@ -262,8 +287,8 @@ def _differentiate(
     grad_k_BTD: Tensor | None,
     _factor: None,
 ) -> tuple[Tensor | None, ...]:
-    x_BTD, branch_BTD, first_BTD, mix_2D, positions_BT, shares_2D, factor_BT = ctx.saved_tensors  # type: ignore[attr-defined]
-    scale: float = ctx.scale  # type: ignore[attr-defined]
+    saved = ctx.saved_tensors  # type: ignore[attr-defined]
+    x_BTD, _, gate_BTD, _, mix_2D, positions_BT, shares_2D, _ = saved
     if grad_u_BTD is None:
         grad_u_BTD = torch.zeros_like(x_BTD)
     if grad_r_BTD is None:
@@ -272,22 +297,19 @@ def _differentiate(
         grad_k_BTD = None
     elif grad_k_BTD is None:
         grad_k_BTD = torch.zeros_like(x_BTD)
-    grad_s_BTD, grad_first_BTD, grad_mix_2D, grad_shares_2D = _backward(
+    grad_s_BTD, grad_branch_BTD, grad_gate_BTD, grad_first_BTD, grad_mix_2D, grad_shares_2D = _backward(
         grad_u_BTD,
         grad_r_BTD,
         grad_k_BTD,
-        x_BTD,
-        branch_BTD,
-        first_BTD,
-        mix_2D,
-        positions_BT,
-        shares_2D,
-        factor_BT,
-        scale,
+        *saved,
+        ctx.scale,  # type: ignore[attr-defined]
     )
+    if gate_BTD is None:
+        grad_branch_BTD = grad_s_BTD
     return (
         grad_s_BTD,
-        grad_s_BTD if ctx.branched else None,  # type: ignore[attr-defined]
+        grad_branch_BTD if ctx.branched else None,  # type: ignore[attr-defined]
+        None if gate_BTD is None else grad_gate_BTD,
         None if mix_2D is None else grad_first_BTD,
         None if mix_2D is None else grad_mix_2D,
         None,

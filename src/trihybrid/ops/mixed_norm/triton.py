@@ -6,21 +6,40 @@ alone: the gradient of the share a is, summed by parts, sum_t z_t (dr_t - dr_{t+
 Legend: B batch, T time, D model width, R rows of a tile, P programs.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-THREADS = 256
-ELEMENTS = 8  # a thread's share of a tile: 16 bytes of bfloat16 a load
-# Of the backward: registers a thread, with and without the blend, so that 2 and 3 programs are on a processor at once;
-# each processor gets 6 in all, which is whole rounds of either.
-REGISTERS_BLEND, REGISTERS_NORM, PROGRAMS_A_PROCESSOR = 128, 80, 6
+THREADS = 128
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a kernel is cut, as it was fastest on an H200 at D = 512: a thread's elements of a tile, tiles under way at a
+    time, registers a thread at most (None for no limit), programs a processor (None for one a tile)."""
+
+    elements: int
+    stages: int = 1
+    registers: int | None = None
+    programs: int | None = None
+
+    def rows(self, width: int) -> int:
+        """Rows of a tile."""
+        return max(1, THREADS * self.elements // width)
+
+
+FORWARD = Shape(elements=16)
+BACKWARD = Shape(elements=8, stages=2, registers=128, programs=8)
+BACKWARD_GATED = Shape(elements=8, stages=1, registers=96, programs=10)
 
 
 def forward(
     x_BTD: Tensor,
     branch_BTD: Tensor | None,
+    gate_BTD: Tensor | None,
     first_BTD: Tensor | None,
     mix_2D: Tensor | None,
     positions_BT: Tensor | None,
@@ -34,14 +53,14 @@ def forward(
     All but the positions are contiguous; mix and shares float32, the rest of one dtype.
     """
     batch, length, width = x_BTD.shape
-    rows = _rows(width)
+    rows = FORWARD.rows(width)
     tiles = triton.cdiv(length, rows)
     u_BTD, r_BTD = torch.empty_like(x_BTD), torch.empty_like(x_BTD)
     k_BTD = torch.empty_like(x_BTD) if positions_BT is not None else x_BTD.new_empty(0)
     factor_BT = torch.empty(batch, length, device=x_BTD.device, dtype=torch.float32)
     _forward[(batch * tiles,)](
         x_BTD,
-        *_present(x_BTD, branch_BTD, first_BTD, mix_2D, positions_BT, shares_2D),
+        *_present(x_BTD, branch_BTD, gate_BTD, first_BTD, mix_2D, positions_BT, shares_2D),
         u_BTD,
         r_BTD,
         k_BTD,
@@ -52,6 +71,7 @@ def forward(
         scale,
         epsilon,
         HAS_BRANCH=branch_BTD is not None,
+        HAS_GATE=gate_BTD is not None,
         HAS_MIX=mix_2D is not None,
         BLEND=positions_BT is not None,
         WIDTH=width,
@@ -67,21 +87,28 @@ def backward(
     grad_k_BTD: Tensor | None,
     x_BTD: Tensor,
     branch_BTD: Tensor | None,
+    gate_BTD: Tensor | None,
     first_BTD: Tensor | None,
     mix_2D: Tensor | None,
     positions_BT: Tensor | None,
     shares_2D: Tensor | None,
     factor_BT: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of s = x + branch and of first, in x's dtype, and of mix and shares, float32 [2, D]; empty for what is
-    None. Without positions `grad_r` is that of z. All but the positions are contiguous."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of s, of a gated branch, of its gate and of first, in x's dtype, and of mix and shares, float32
+    [2, D]; empty for what is None. Without positions `grad_r` is that of z; with a gate x is u. All but the positions
+    are contiguous."""
     batch, length, width = x_BTD.shape
-    rows = _rows(width)
+    shape = BACKWARD if gate_BTD is None else BACKWARD_GATED
+    assert shape.programs is not None
+    rows = shape.rows(width)
     tiles = triton.cdiv(length, rows)
     processors = torch.cuda.get_device_properties(x_BTD.device).multi_processor_count
-    programs = min(PROGRAMS_A_PROCESSOR * processors, batch * tiles)
+    programs = min(shape.programs * processors, batch * tiles)
     grad_s_BTD = torch.empty_like(x_BTD)
+    grad_branch_BTD, grad_gate_BTD = (
+        torch.empty_like(x_BTD) if gate_BTD is not None else x_BTD.new_empty(0) for _ in range(2)
+    )
     grad_first_BTD = torch.empty_like(x_BTD) if mix_2D is not None else x_BTD.new_empty(0)
     parts_4PD = factor_BT.new_empty(4, programs, width)
     _backward[(programs,)](
@@ -89,9 +116,11 @@ def backward(
         grad_r_BTD,
         grad_r_BTD if grad_k_BTD is None else grad_k_BTD,
         x_BTD,
-        *_present(x_BTD, branch_BTD, first_BTD, mix_2D, positions_BT, shares_2D),
+        *_present(x_BTD, branch_BTD, gate_BTD, first_BTD, mix_2D, positions_BT, shares_2D),
         factor_BT,
         grad_s_BTD,
+        grad_branch_BTD,
+        grad_gate_BTD,
         grad_first_BTD,
         parts_4PD,
         batch * tiles,
@@ -99,22 +128,20 @@ def backward(
         tiles,
         *_strides(positions_BT),
         scale,
-        HAS_BRANCH=branch_BTD is not None,
+        HAS_BRANCH=branch_BTD is not None and gate_BTD is None,
+        HAS_GATE=gate_BTD is not None,
         HAS_MIX=mix_2D is not None,
         BLEND=positions_BT is not None,
         WIDTH=width,
         ROWS=rows,
+        STAGES=shape.stages,
         num_warps=THREADS // 32,
-        maxnreg=REGISTERS_NORM if positions_BT is None else REGISTERS_BLEND,
+        maxnreg=shape.registers,
     )
     empty = factor_BT.new_empty(0)
     grad_mix_2D = empty if mix_2D is None else parts_4PD[:2].sum(1)
     grad_shares_2D = torch.empty_like(empty) if shares_2D is None else parts_4PD[2:].sum(1)
-    return grad_s_BTD, grad_first_BTD, grad_mix_2D, grad_shares_2D
-
-
-def _rows(width: int) -> int:
-    return max(1, THREADS * ELEMENTS // width)
+    return grad_s_BTD, grad_branch_BTD, grad_gate_BTD, grad_first_BTD, grad_mix_2D, grad_shares_2D
 
 
 def _present(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
@@ -130,18 +157,23 @@ def _strides(positions_BT: Tensor | None) -> tuple[int, ...]:
 def _mixed(
     x,
     branch,
+    gate,
     first,
     own_D,
     first_D,
     at_RD,
     mask_RD,
     HAS_BRANCH: tl.constexpr,
+    HAS_GATE: tl.constexpr,
     HAS_MIX: tl.constexpr,
 ):
     """s, first and u of a tile, float32; zero outside the mask."""
     s_RD = tl.load(x + at_RD, mask=mask_RD, other=0.0).to(tl.float32)
     if HAS_BRANCH:
-        s_RD += tl.load(branch + at_RD, mask=mask_RD, other=0.0).to(tl.float32)
+        branch_RD = tl.load(branch + at_RD, mask=mask_RD, other=0.0).to(tl.float32)
+        if HAS_GATE:
+            branch_RD *= tl.sigmoid(tl.load(gate + at_RD, mask=mask_RD, other=0.0).to(tl.float32))
+        s_RD += branch_RD
     first_RD = s_RD
     u_RD = s_RD
     if HAS_MIX:
@@ -163,6 +195,7 @@ def _pair(pair_2D, wide_D, HAS: tl.constexpr, WIDTH: tl.constexpr):
 def _forward(
     x,
     branch,
+    gate,
     first,
     mix,
     positions,
@@ -178,6 +211,7 @@ def _forward(
     scale,
     epsilon,
     HAS_BRANCH: tl.constexpr,
+    HAS_GATE: tl.constexpr,
     HAS_MIX: tl.constexpr,
     BLEND: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -191,7 +225,9 @@ def _forward(
     at_RD = row_R[:, None] * WIDTH + wide_D[None, :]
     inside_RD = inside_R[:, None] & (wide_D < WIDTH)[None, :]
     own_D, first_D = _pair(mix, wide_D, HAS_MIX, WIDTH)
-    _, _, u_RD = _mixed(x, branch, first, own_D, first_D, at_RD, inside_RD, HAS_BRANCH, HAS_MIX)
+    _, _, u_RD = _mixed(
+        x, branch, gate, first, own_D, first_D, at_RD, inside_RD, HAS_BRANCH, HAS_GATE, HAS_MIX
+    )
     factor_R = tl.rsqrt(tl.sum(u_RD * u_RD, 1) / WIDTH + epsilon)
     z_RD = u_RD * (scale * factor_R)[:, None]
     kind = u.dtype.element_ty
@@ -203,7 +239,7 @@ def _forward(
         follows_R = later_R & (tl.load(at_R, mask=later_R, other=0) > 0)
         follows_RD = follows_R[:, None] & (wide_D < WIDTH)[None, :]
         _, _, before_RD = _mixed(
-            x, branch, first, own_D, first_D, at_RD - WIDTH, follows_RD, HAS_BRANCH, HAS_MIX
+            x, branch, gate, first, own_D, first_D, at_RD - WIDTH, follows_RD, HAS_BRANCH, HAS_GATE, HAS_MIX
         )
         before_R = tl.rsqrt(tl.sum(before_RD * before_RD, 1) / WIDTH + epsilon)
         before_RD = before_RD * (scale * before_R)[:, None]
@@ -222,12 +258,15 @@ def _backward(
     grad_k,
     x,
     branch,
+    gate,
     first,
     mix,
     positions,
     shares,
     factor,
     grad_s,
+    grad_branch,
+    grad_gate,
     grad_first,
     parts,
     count,
@@ -237,10 +276,12 @@ def _backward(
     stride_t,
     scale,
     HAS_BRANCH: tl.constexpr,
+    HAS_GATE: tl.constexpr,
     HAS_MIX: tl.constexpr,
     BLEND: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     wide_D = tl.arange(0, WIDTH)
     own_D, first_D = _pair(mix, wide_D, HAS_MIX, WIDTH)
@@ -250,14 +291,16 @@ def _backward(
     mixed_RD = tl.zeros((ROWS, WIDTH), tl.float32)
     sum_r_RD = tl.zeros((ROWS, WIDTH), tl.float32)
     sum_k_RD = tl.zeros((ROWS, WIDTH), tl.float32)
-    for tile in range(tl.program_id(0), count, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=STAGES):
         b = tile // tiles
         t_R = (tile - b * tiles) * ROWS + tl.arange(0, ROWS)
         inside_R = t_R < length
         row_R = tl.cast(b, tl.int64) * length + t_R
         at_RD = row_R[:, None] * WIDTH + wide_D[None, :]
         inside_RD = inside_R[:, None] & (wide_D < WIDTH)[None, :]
-        s_RD, first_RD, u_RD = _mixed(x, branch, first, own_D, first_D, at_RD, inside_RD, HAS_BRANCH, HAS_MIX)
+        s_RD, first_RD, u_RD = _mixed(
+            x, branch, gate, first, own_D, first_D, at_RD, inside_RD, HAS_BRANCH, False, HAS_MIX
+        )
         factor_R = tl.load(factor + row_R, mask=inside_R, other=0.0)
         n_RD = u_RD * factor_R[:, None]
         dz_RD = tl.load(grad_r + at_RD, mask=inside_RD, other=0.0).to(tl.float32)
@@ -283,6 +326,12 @@ def _backward(
             tl.store(grad_first + at_RD, (first_D[None, :] * du_RD).to(kind), mask=inside_RD)
             du_RD = own_D[None, :] * du_RD
         tl.store(grad_s + at_RD, du_RD.to(kind), mask=inside_RD)
+        if HAS_GATE:
+            branch_RD = tl.load(branch + at_RD, mask=inside_RD, other=0.0).to(tl.float32)
+            open_RD = tl.sigmoid(tl.load(gate + at_RD, mask=inside_RD, other=0.0).to(tl.float32))
+            du_RD *= open_RD
+            tl.store(grad_branch + at_RD, du_RD.to(kind), mask=inside_RD)
+            tl.store(grad_gate + at_RD, (du_RD * branch_RD * (1 - open_RD)).to(kind), mask=inside_RD)
     at_D = parts + tl.program_id(0) * WIDTH + wide_D
     block = tl.num_programs(0) * WIDTH
     if HAS_MIX:

@@ -3,10 +3,10 @@
     h = x U^T     a = act(h)^2 with act(h) = max(h, slope h)     y = a W^T
 
 A compiler gives the activation kernels of their own, which read and write the widest tensors of the model: 3 + 3 model
-widths forwards and 9 backwards. On a GPU the first product writes h and a itself (a alone without a slope), and the
-product behind the gradient of h multiplies by the derivative as it writes.
+widths forwards and 9 backwards. On a GPU the first product writes a and the signs of h, a bit each; the product behind
+the gradient of h multiplies by the derivative as it writes.
 
-Legend: N tokens, D model width, I inner width.
+Legend: N tokens, D model width, I inner width, W = I / 32 words of signs.
 """
 
 from collections.abc import Sequence
@@ -52,15 +52,15 @@ def fusable(x: Tensor, shape: Sequence[int]) -> bool:
 def _fused(x_ND: Tensor, up_ID: Tensor, down_DI: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
     from trihybrid.ops.squared_mlp.triton import activate
 
-    inner_NI, active_NI = activate(x_ND.contiguous(), up_ID.contiguous(), slope)
-    return active_NI @ down_DI.mT, inner_NI, active_NI
+    active_NI, signs_WN = activate(x_ND.contiguous(), up_ID.contiguous(), slope)
+    return active_NI @ down_DI.mT, active_NI, signs_WN
 
 
 @_fused.register_fake
 def _(x_ND: Tensor, up_ID: Tensor, down_DI: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
     tokens, inner = x_ND.shape[0], up_ID.shape[0]
-    inner_NI = x_ND.new_empty(tokens if slope else 0, inner)
-    return x_ND.new_empty(tokens, down_DI.shape[0]), inner_NI, x_ND.new_empty(tokens, inner)
+    signs_WN = x_ND.new_empty(inner // 32 if slope else 0, tokens, dtype=torch.int32)
+    return x_ND.new_empty(tokens, down_DI.shape[0]), x_ND.new_empty(tokens, inner), signs_WN
 
 
 @torch.library.custom_op("trihybrid::squared_mlp_backward", mutates_args=(), device_types="cuda")
@@ -69,14 +69,14 @@ def _fused_backward(
     x_ND: Tensor,
     up_ID: Tensor,
     down_DI: Tensor,
-    inner_NI: Tensor,
     active_NI: Tensor,
+    signs_WN: Tensor,
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from trihybrid.ops.squared_mlp.triton import activate_backward
 
     grad_ND = grad_ND.contiguous()
-    grad_NI = activate_backward(grad_ND, down_DI.contiguous(), inner_NI, active_NI, slope)
+    grad_NI = activate_backward(grad_ND, down_DI.contiguous(), active_NI, signs_WN, slope)
     return grad_NI @ up_ID, grad_NI.mT @ x_ND, grad_ND.mT @ active_NI
 
 
@@ -86,8 +86,8 @@ def _(
     x_ND: Tensor,
     up_ID: Tensor,
     down_DI: Tensor,
-    inner_NI: Tensor,
     active_NI: Tensor,
+    signs_WN: Tensor,
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x_ND.new_empty(x_ND.shape), up_ID.new_empty(up_ID.shape), down_DI.new_empty(down_DI.shape)
@@ -99,18 +99,17 @@ def _keep(
     output: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     x_ND, up_ID, down_DI, slope = inputs
-    _, inner_NI, active_NI = output
-    ctx.mark_non_differentiable(inner_NI, active_NI)
-    ctx.save_for_backward(x_ND, up_ID, down_DI, inner_NI, active_NI)
+    _, active_NI, signs_WN = output
+    ctx.mark_non_differentiable(active_NI, signs_WN)
+    ctx.save_for_backward(x_ND, up_ID, down_DI, active_NI, signs_WN)
     ctx.slope = slope  # type: ignore[attr-defined]
 
 
 def _differentiate(
-    ctx: torch.autograd.function.FunctionCtx, grad_ND: Tensor, _inner: None, _active: None
+    ctx: torch.autograd.function.FunctionCtx, grad_ND: Tensor, _active: None, _signs: None
 ) -> tuple[Tensor, Tensor, Tensor, None]:
-    x_ND, up_ID, down_DI, inner_NI, active_NI = ctx.saved_tensors  # type: ignore[attr-defined]
-    slope: float = ctx.slope  # type: ignore[attr-defined]
-    return *_fused_backward(grad_ND, x_ND, up_ID, down_DI, inner_NI, active_NI, slope), None
+    saved = ctx.saved_tensors  # type: ignore[attr-defined]
+    return *_fused_backward(grad_ND, *saved, ctx.slope), None  # type: ignore[attr-defined]
 
 
 _fused.register_autograd(_differentiate, setup_context=_keep)

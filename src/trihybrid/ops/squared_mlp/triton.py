@@ -1,7 +1,7 @@
 """Matrix products that end in a squared activation or in its derivative, for Hopper: persistent, tiles by the bulk copy
 engine.
 
-Legend: N tokens, D model width (the summed dimension), I inner width.
+Legend: N tokens, D model width (the summed dimension), I inner width, W = I / 32 words of signs.
 """
 
 import torch
@@ -12,29 +12,37 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 TILE_N, TILE_I, TILE_D, GROUP = 128, 128, 64, 8
 PROGRAMS_A_PROCESSOR = 2  # one multiplies while the other writes
-PARTS = 4  # in which a tile is written, so that few registers and little shared memory wait for it
+PARTS = 4  # of 32 columns, in which a tile is written: few registers and little shared memory wait for it
 
 
 def activate(x_ND: Tensor, up_ID: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """h = x U^T and max(h, slope h)^2, both [N, I] in bfloat16; the square is taken of the rounded h. Without a slope
-    the square says all that a gradient needs, and h is left out, [0, I]."""
-    active_NI = x_ND.new_empty(x_ND.shape[0], up_ID.shape[0])
-    inner_NI = torch.empty_like(active_NI) if slope else x_ND.new_empty(0, up_ID.shape[0])
-    _launch(x_ND, up_ID, inner_NI if slope else active_NI, active_NI, slope, backward=False)
-    return inner_NI, active_NI
+    """max(h, slope h)^2 of h = x U^T, [N, I] in bfloat16, and the signs of h, a bit each, int32 [W, N] ([0, N] without
+    a slope). The two say all of h that a gradient needs, in half the bytes."""
+    tokens, inner = x_ND.shape[0], up_ID.shape[0]
+    active_NI = x_ND.new_empty(tokens, inner)
+    signs_WN = x_ND.new_empty(inner // 32 if slope else 0, tokens, dtype=torch.int32)
+    _launch(x_ND, up_ID, active_NI, signs_WN, active_NI, slope, backward=False)
+    return active_NI, signs_WN
 
 
 def activate_backward(
-    grad_ND: Tensor, down_DI: Tensor, inner_NI: Tensor, active_NI: Tensor, slope: float
+    grad_ND: Tensor, down_DI: Tensor, active_NI: Tensor, signs_WN: Tensor, slope: float
 ) -> Tensor:
-    """(grad W) times the derivative of max(h, slope h)^2 at h, [N, I]; 2 sqrt(square) without a slope."""
+    """(grad W) times the derivative of max(h, slope h)^2 at h, [N, I]: 2 sqrt(square) where h is positive, and
+    -2 slope sqrt(square) elsewhere."""
     out_NI = torch.empty_like(active_NI)
-    _launch(grad_ND, down_DI, inner_NI if slope else active_NI, out_NI, slope, backward=True)
+    _launch(grad_ND, down_DI, active_NI, signs_WN, out_NI, slope, backward=True)
     return out_NI
 
 
 def _launch(
-    rows_ND: Tensor, weight: Tensor, kept_NI: Tensor, out_NI: Tensor, slope: float, backward: bool
+    rows_ND: Tensor,
+    weight: Tensor,
+    active_NI: Tensor,
+    signs_WN: Tensor,
+    out_NI: Tensor,
+    slope: float,
+    backward: bool,
 ) -> None:
     tokens, inner = out_NI.shape
     width = rows_ND.shape[1]
@@ -44,8 +52,9 @@ def _launch(
     _product[(min(PROGRAMS_A_PROCESSOR * processors, tiles),)](
         TensorDescriptor.from_tensor(rows_ND, [TILE_N, TILE_D]),
         TensorDescriptor.from_tensor(weight, [TILE_D, TILE_I] if backward else [TILE_I, TILE_D]),
-        TensorDescriptor.from_tensor(kept_NI, part),
+        TensorDescriptor.from_tensor(active_NI, part),
         TensorDescriptor.from_tensor(out_NI, part),
+        signs_WN,
         tokens,
         inner,
         width,
@@ -76,28 +85,30 @@ def _halves(sum_NI, HALF: tl.constexpr):
 
 
 @triton.jit
-def _finish(sum_NI, kept, out, n, i, slope, BACKWARD: tl.constexpr, SLOPED: tl.constexpr):
+def _finish(sum_NI, active, out, signs, n, i, tokens, slope, BACKWARD: tl.constexpr, SLOPED: tl.constexpr):
+    """Write 32 columns of a tile; a word of signs holds those of a row."""
+    bit_I = tl.arange(0, 32)[None, :]
+    at_N = signs + (i // 32).to(tl.int64) * tokens + n + tl.arange(0, sum_NI.shape[0])
     if BACKWARD:
-        held = kept.load([n, i]).to(tl.float32)
+        factor_NI = 2 * tl.sqrt(active.load([n, i]).to(tl.float32))
         if SLOPED:
-            out.store([n, i], (sum_NI * 2 * tl.where(held > 0, held, slope * slope * held)).to(out.dtype))
-        else:
-            out.store([n, i], (sum_NI * 2 * tl.sqrt(held)).to(out.dtype))
+            negative_NI = (tl.load(at_N)[:, None] >> bit_I) & 1 == 0
+            factor_NI = tl.where(negative_NI, -slope * factor_NI, factor_NI)
+        out.store([n, i], (sum_NI * factor_NI).to(out.dtype))
     else:
-        rounded = sum_NI.to(out.dtype)
         if SLOPED:
-            kept.store([n, i], rounded)
-        h = rounded.to(tl.float32)
-        h = tl.where(h > 0, h, slope * h)
-        out.store([n, i], (h * h).to(out.dtype))
+            tl.store(at_N, tl.sum((sum_NI > 0).to(tl.int32) << bit_I, 1))
+        h_NI = tl.where(sum_NI > 0, sum_NI, slope * sum_NI)
+        out.store([n, i], (h_NI * h_NI).to(out.dtype))
 
 
 @triton.jit
 def _product(
     rows,
     weight,
-    kept,
+    active,
     out,
+    signs,
     tokens,
     width_i,
     width_d,
@@ -125,8 +136,8 @@ def _product(
                 sum_NI = tl.dot(row_tile, weight.load([i, d]).T, sum_NI)
         left, right = _halves(sum_NI, TILE_I // 2)
         first, second = _halves(left, QUARTER)
-        _finish(first, kept, out, n, i, slope, BACKWARD, SLOPED)
-        _finish(second, kept, out, n, i + QUARTER, slope, BACKWARD, SLOPED)
+        _finish(first, active, out, signs, n, i, tokens, slope, BACKWARD, SLOPED)
+        _finish(second, active, out, signs, n, i + QUARTER, tokens, slope, BACKWARD, SLOPED)
         third, fourth = _halves(right, QUARTER)
-        _finish(third, kept, out, n, i + 2 * QUARTER, slope, BACKWARD, SLOPED)
-        _finish(fourth, kept, out, n, i + 3 * QUARTER, slope, BACKWARD, SLOPED)
+        _finish(third, active, out, signs, n, i + 2 * QUARTER, tokens, slope, BACKWARD, SLOPED)
+        _finish(fourth, active, out, signs, n, i + 3 * QUARTER, tokens, slope, BACKWARD, SLOPED)

@@ -6,10 +6,9 @@ Shapes: B batch, T time, H heads, K key width, V value width.
 import torch
 
 from trihybrid.ops.backend import Backend, choose, choose_for, register
-from trihybrid.ops.wkv7 import triton
 from trihybrid.ops.wkv7.chunked import wkv7_chunked
 from trihybrid.ops.wkv7.reference import wkv7_reference
-from trihybrid.ops.wkv7.triton import wkv7_triton
+from trihybrid.ops.wkv7.triton import available, takes, wkv7_triton
 
 __all__ = ["wkv7", "wkv7_chunked", "wkv7_reference", "wkv7_triton"]
 
@@ -20,8 +19,7 @@ def _anywhere(device: torch.device) -> str | None:
 
 register(Backend("wkv7", "reference", wkv7_reference, _anywhere, priority=0))
 register(Backend("wkv7", "chunked", wkv7_chunked, _anywhere, priority=10))
-# Below the others until it has run on a GPU: asked for by name only.
-register(Backend("wkv7", "triton", wkv7_triton, triton.available, priority=-1, takes=triton.takes))
+register(Backend("wkv7", "triton", wkv7_triton, available, priority=20, takes=takes))
 
 
 def wkv7(
