@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trihybrid.export.folder.card import CARD
 from trihybrid.export.folder.code import changed_files
 from trihybrid.export.folder.write import CONFIG
 from trihybrid.export.published.read import read_published
@@ -17,6 +16,7 @@ from trihybrid.models.families import FAMILIES, family_of_student
 from trihybrid.models.inventory import differences, wanted_tensors
 from trihybrid.storage.folder import MANIFEST, check_folder, save_folder
 from trihybrid.storage.tensor_files import read_headers, weight_files
+from trihybrid.surgery.card import CARD
 
 _logger = logging.getLogger(__name__)
 

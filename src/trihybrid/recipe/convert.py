@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from trihybrid.data import Tokenizer, carry_tokenizer, read_documents
 from trihybrid.models.checkpoint import open_teacher
 from trihybrid.storage.hub import find_model
-from trihybrid.surgery.card import student_card
+from trihybrid.surgery.card import CARD, student_card
 from trihybrid.surgery.plan import check_plan, make_plan
 from trihybrid.surgery.section import SurgerySection
 from trihybrid.surgery.slots import Block
@@ -67,7 +67,7 @@ def convert_folder(
             check_bos(partial, bos)
 
     def card(partial: Path, report: TensorReport) -> None:
-        (partial / "README.md").write_text(student_card(plan, report, out.name), encoding="utf-8")
+        (partial / CARD).write_text(student_card(plan, report, out.name), encoding="utf-8")
 
     return plan, stream_student(
         published, plan, out, tokens, towers=towers, beside=tokenizer_files, finish=card

@@ -1,13 +1,44 @@
-"""The model card of a converted student: what it is, what it was made from, what it costs, what it cannot do yet."""
+"""The model card of a converted student: what it is, what it was made from, what it costs, what it cannot do yet.
+
+Its parts serve the card of an exported student too.
+"""
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from trihybrid import __version__
 from trihybrid.surgery.render import TOTALS
 from trihybrid.surgery.tensors import TOWERS, TensorReport
+
+CARD = "README.md"
+
+
+def front(tags: Iterable[str], base_model: str | None = None) -> list[str]:
+    """The hub's front matter, which begins a card."""
+    return [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        *([] if base_model is None else [f"base_model: {base_model}"]),
+        f"tags: [{', '.join(tags)}]",
+        "---",
+        "",
+    ]
+
+
+def teacher_name(plan: dict[str, Any]) -> str:
+    """The hub's name, or a shape's, or the last part of a path: where a folder lay says nothing to others."""
+    name = plan["teacher"]
+    return name if re.fullmatch(r"[\w-]+(/[\w.-]+)?", name) else Path(name).name
+
+
+def totals(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The table of what a teacher costs and what its student does, from two accounts (see `cost.account`)."""
+    rows = (f"| {label} | {before[key]:,} | {after[key]:,} |" for key, label in TOTALS)
+    return ["| | teacher | student |", "|---|---|---|", *rows]
 
 
 def student_card(plan: dict[str, Any], report: TensorReport, name: str) -> str:
@@ -19,17 +50,9 @@ def student_card(plan: dict[str, Any], report: TensorReport, name: str) -> str:
     slots = [layer for layer in plan["layers"] if layer["sources"]]
     kinds = sorted({kind for layer in slots for kind in layer["after"]})
     converted = ", ".join(str(layer["index"]) for layer in slots)
-    # A folder's path says nothing to others; of the hub's name, owner/model, all is said.
-    published = re.fullmatch(r"[\w-]+/[\w.-]+", plan["teacher"]) is not None
-    teacher = plan["teacher"] if published else Path(plan["teacher"]).name
+    teacher = teacher_name(plan)
     lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        *([f"base_model: {teacher}"] if published else []),
-        f"tags: [{', '.join(['trihybrid', *kinds])}]",
-        "---",
-        "",
+        *front(["trihybrid", *kinds], teacher if "/" in teacher else None),
         f"# {name}",
         "",
         f"A hybrid made from {teacher} by trihybrid {__version__}. Layers {converted or 'none'} of "
@@ -39,9 +62,7 @@ def student_card(plan: dict[str, Any], report: TensorReport, name: str) -> str:
         "**It is only a start: it was converted and not trained.** Its new mixers inherit what they can from the "
         "teacher's attention, which they do not equal. Distil it before use (`trihybrid distill`).",
         "",
-        "| | teacher | student |",
-        "|---|---|---|",
-        *(f"| {label} | {plan['before'][key]:,} | {plan['after'][key]:,} |" for key, label in TOTALS),
+        *totals(plan["before"], plan["after"]),
         "",
         *(f"- {line}" for line in plan["warnings"]),
         "",
@@ -58,10 +79,10 @@ def student_card(plan: dict[str, Any], report: TensorReport, name: str) -> str:
         "## Use",
         "",
         "```python",
-        "import trihybrid.models.gemma4 as gemma4",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "from trihybrid.models.families import register",
         "",
-        "gemma4.register()",
+        "register()",
         f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})",
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})",
         "```",

@@ -5,12 +5,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from trihybrid.export.folder.card import CARD, model_card
+from trihybrid.export.folder.card import model_card
 from trihybrid.export.folder.code import auto_map, code_files
 from trihybrid.models.families import family_of_student
 from trihybrid.models.inventory import differences, wanted_tensors
 from trihybrid.storage.folder import MANIFEST, check_folder, save_folder
 from trihybrid.storage.tensor_files import read_headers, weight_files
+from trihybrid.surgery.card import CARD
 
 CONFIG = "config.json"
 
