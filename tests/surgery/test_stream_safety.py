@@ -84,49 +84,66 @@ def test_a_disk_that_becomes_full_leaves_nothing(published, plan_of, tmp_path, m
     assert list(tmp_path.iterdir()) == [] and threading.active_count() == before
 
 
-def test_a_limit_of_the_file_system_is_said_in_one_line(micro, published, tmp_path) -> None:
-    """In a real process that may write no file of more than 200,000 bytes."""
-    script = (
-        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
-        "from trihybrid.cli import main; main()"
-    )
-    command = [sys.executable, "-c", script, "convert", published(), tmp_path / FOLDER, *SURGERY]
-    result = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=environment(), timeout=300
-    )
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.splitlines() == [
-        f"error: {tmp_path / FOLDER}: File too large while it was written; nothing of it is left; free space, or "
-        "name a folder on another disk"
-    ]
-    assert list(tmp_path.iterdir()) == []
-
-
 SURGERY = (
     "--set", "rwkv7={head_dim: 16, decay_rank: 6, iclr_rank: 5, gate_rank: 7}",
     "--set", "tica={heads: 4, kv_heads: 2, head_dim: 8, gate_rank: 3}",
 )  # fmt: skip
-KILL = """
-import os, signal, sys
+KILLS = (("copy", 1), ("copy", 100), ("copy", 140), ("put", 30), ("manifest", 0))
+"""Among retained tensors, in the towers, among the slots, before the manifest."""
+ATTEMPTS = """
+import json, os, resource, signal, sys
+import trihybrid.recipe.convert, trihybrid.storage.folder
+from trihybrid.cli import main
 from trihybrid.storage import piece_writer
 from trihybrid.storage.tensor_writer import TensorWriter
-piece_writer.PIECE = 5_000
-where, count = {where!r}, {count}
-for name in ("copy", "put"):
-    def call(self, *arguments, plain=getattr(TensorWriter, name), name=name):
-        global count
-        if name == where:
-            count -= 1
-            if not count:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return plain(self, *arguments)
-    setattr(TensorWriter, name, call)
-if where == "manifest":
-    import trihybrid.storage.folder as folder
-    folder._add_manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-from trihybrid.cli import main
-main()
+
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def die(where, count):
+    piece_writer.PIECE = 5_000
+    trihybrid.storage.folder._add_manifest = kill
+    for name in ("copy", "put"):
+        def call(self, *arguments, plain=getattr(TensorWriter, name), name=name):
+            nonlocal count
+            count -= name == where
+            if name == where and not count:
+                kill()
+            return plain(self, *arguments)
+        setattr(TensorWriter, name, call)
+
+def attempt(where, count, out):
+    if where == "limit":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
+    else:
+        die(where, count)
+    sys.argv = ["trihybrid", "convert", sys.argv[1], out, *sys.argv[3:]]
+    main()
+
+for where, count, out in json.loads(sys.argv[2]):
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        attempt(where, count, out)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    print(json.dumps([where, count, os.waitstatus_to_exitcode(status)]), flush=True)
 """
+
+
+@pytest.fixture(scope="module")
+def attempts(published, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple, int], list[str]]:
+    """Attempts to convert, each in a process of its own, killed or not allowed to write a file of more than 200,000
+    bytes: the folder with one folder for each, exit codes, and what all said as errors."""
+    folder = tmp_path_factory.mktemp("attempts")
+    wanted = [(where, count, str(folder / f"{where}{count}" / FOLDER)) for where, count in KILLS]
+    wanted.append(("limit", 200_000, str(folder / "limit200000" / FOLDER)))
+    command = [sys.executable, "-c", ATTEMPTS, published(), json.dumps(wanted), *SURGERY]
+    result = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment(), timeout=300
+    )
+    codes = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
+    return folder, {(where, count): code for where, count, code in codes}, result.stderr.splitlines()
 
 
 def environment() -> dict[str, str]:
@@ -139,17 +156,23 @@ def environment() -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize(
-    ("where", "count"), [("copy", 1), ("copy", 100), ("copy", 140), ("put", 30), ("manifest", 0)]
-)
-def test_a_kill_leaves_nothing_that_is_taken_for_a_model(published, plan_of, tmp_path, where, count) -> None:
-    """Among retained tensors, in the towers, among the slots, before the manifest. The next attempt succeeds."""
-    folder, out = published(), tmp_path / FOLDER
-    command = [sys.executable, "-c", KILL.format(where=where, count=count), "convert", folder, out, *SURGERY]
-    process = subprocess.run(list(map(str, command)), capture_output=True, env=environment(), timeout=300)
-    assert process.returncode == -signal.SIGKILL
-    assert not out.exists()
-    (left,) = tmp_path.iterdir()
+def test_a_limit_of_the_file_system_is_said_in_one_line(attempts) -> None:
+    folder, codes, errors = attempts
+    assert codes["limit", 200_000] == 2
+    assert errors == [
+        f"error: {folder / 'limit200000' / FOLDER}: File too large while it was written; nothing of it is left; free "
+        "space, or name a folder on another disk"
+    ]
+    assert list((folder / "limit200000").iterdir()) == []
+
+
+@pytest.mark.parametrize(("where", "count"), KILLS)
+def test_a_kill_leaves_nothing_that_is_taken_for_a_model(attempts, published, plan_of, where, count) -> None:
+    """The next attempt succeeds."""
+    folder, codes, _ = attempts
+    place = folder / f"{where}{count}"
+    assert codes[where, count] == -signal.SIGKILL
+    (left,) = place.iterdir()
     assert left.name == f"{FOLDER}.partial"
     if where == "manifest":
         # All but the manifest is there, so what is there is whole.
@@ -157,11 +180,11 @@ def test_a_kill_leaves_nothing_that_is_taken_for_a_model(published, plan_of, tmp
     else:
         with pytest.raises(ValueError, match=r"no config\.json; this is not a model folder"):
             check_folder(left)
-    plan = plan_of(folder)
-    write(folder, plan, out)
-    assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
-    write(folder, plan, tmp_path / "undisturbed")
-    assert digests(out) == digests(tmp_path / "undisturbed")
+    plan = plan_of(published())
+    write(published(), plan, place / FOLDER)
+    assert [path.name for path in place.iterdir()] == [FOLDER]
+    write(published(), plan, place / "undisturbed")
+    assert digests(place / FOLDER) == digests(place / "undisturbed")
 
 
 @pytest.mark.parametrize("where", ["beside", "finish", "build"])
