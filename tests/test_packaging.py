@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="ascii"))["
 
 # Imports run one way: a room imports from earlier lines of this table only, never from its own line's siblings.
 ORDER = (
-    ("ops", "data"),
+    ("ops", "data", "storage"),
     ("mixers",),
     ("models",),
     ("surgery", "compress", "testing"),
@@ -36,7 +36,7 @@ ORDER = (
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # What the order would allow, and the design does not: mixers are tensors only, and training knows no task.
-FORBIDDEN = {("mixers", "data"), ("train", "data")}
+FORBIDDEN = {("mixers", "data"), ("mixers", "storage"), ("train", "data")}
 # Operators and mixers need torch, and nothing else that has to be there.
 THIRD_PARTIES = {"ops": {"torch", "triton", "fla"}, "mixers": {"torch"}}
 

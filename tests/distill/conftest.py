@@ -23,7 +23,7 @@ def build_student(
     section = SurgerySection(
         rwkv7=Rwkv7Section(head_dim=16, decay_rank=6, iclr_rank=5, gate_rank=7),
         tica=TicaSection(heads=4, kv_heads=2, head_dim=8, gate_rank=3),
-        **fields,
+        **({"calibration_tokens": 256} | fields),
     )
     batch = batch_of(0)
     plan = make_plan(teacher.config, section, "tiny", contexts=(64,))

@@ -24,7 +24,7 @@ def pair_of(teacher, student) -> Pair:
 def dense_losses(teacher, student, tokens_BT: Tensor, positions_BT: Tensor) -> list[Tensor]:
     """Two whole models: the stock teacher with hooks, and the student's slots on what the hooks saw."""
     slots = {i: s for i, s in enumerate(student.config.slot_list()) if s.converted}
-    records = record_layers(teacher, [(tokens_BT, positions_BT)], slots)
+    records = record_layers(teacher.model, [(tokens_BT, positions_BT)], slots)
     _, stream = student.model.prepare(tokens_BT, position_ids=positions_BT)
     losses = []
     for index in slots:
@@ -88,7 +88,7 @@ def test_a_slot_that_says_what_the_teacher_says_has_no_loss(
 ) -> None:
     teacher = make_teacher(torch.float64)
     pair = pair_of(teacher, make_student(teacher))
-    records = record_layers(teacher, [block], CONVERTED)
+    records = record_layers(teacher.model, [block], CONVERTED)
     for index in CONVERTED:
         pair.student.model.layers[index].self_attn = Repeats(records[index].outputs, factor)
     losses = Alignment(pair)(*block)[1].values()
@@ -109,7 +109,7 @@ def test_packed_documents_are_separate_documents(make_teacher, make_student, blo
     with torch.no_grad():
         whole = alignment(*row)[1]
         separate = [alignment(*part)[1] for part in parts]
-        records = [record_layers(teacher, [part], CONVERTED) for part in parts]
+        records = [record_layers(teacher.model, [part], CONVERTED) for part in parts]
     for index in CONVERTED:
         norm = student.model.layers[index].post_attention_layernorm
         weights = [norm(record[index].outputs[0]).pow(2).sum() for record in records]

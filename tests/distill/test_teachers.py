@@ -45,7 +45,7 @@ def test_stage_one_compares_what_the_residual_stream_receives(name, block, check
     student alone has take no part."""
     teacher, naive, pair = couple(name)
     slots = [index for index, slot in enumerate(naive.config.slot_list()) if slot.converted]
-    records = record_layers(teacher, [block], slots)
+    records = record_layers(teacher.model, [block], slots)
     _, stream = naive.model.prepare(block[0], position_ids=block[1])
     expected = []
     for index in slots:

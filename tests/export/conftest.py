@@ -13,7 +13,7 @@ import pytest
 
 from compact_bundle import micro_recipe, train_micro
 from small_student import make_student
-from trihybrid.models.checkpoint import save_folder
+from trihybrid.storage.folder import save_folder
 
 
 @pytest.fixture(scope="session")

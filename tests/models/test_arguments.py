@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trihybrid.mixers.span import Span, from_lengths
-from trihybrid.models.arguments import build_span
+from trihybrid.models.arguments import build_span, refuse_media
 
 CPU = torch.device("cpu")
 
@@ -117,3 +117,15 @@ def test_packing_behind_a_cache_is_refused(position_ids: list[list[int]]) -> Non
 def test_positions_that_jump_are_refused() -> None:
     with pytest.raises(ValueError, match="must count up by 1 and restart at 0"):
         span_of(1, 4, position_ids=torch.tensor([[0, 1, 5, 6]]))
+
+
+def test_tokens_for_media_are_refused_in_a_prompt() -> None:
+    media = {7: "image_token_id", 9: "audio_token_id"}
+    refuse_media(torch.tensor([[1, 2], [3, 4]]), media)
+    refuse_media(torch.tensor([[7, 9]]), {})
+    # A single new token is the model's own word.
+    refuse_media(torch.tensor([[7], [9]]), media)
+    with pytest.raises(
+        ValueError, match="input_ids hold 9, the audio_token_id: this is the text model alone"
+    ):
+        refuse_media(torch.tensor([[1, 2], [9, 4]]), media)

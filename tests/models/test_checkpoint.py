@@ -1,4 +1,8 @@
+import errno
+import hashlib
 import json
+import logging
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -9,15 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
-from trihybrid.models.checkpoint import (
-    MANIFEST,
-    check_folder,
-    load_model,
-    load_teacher,
-    load_teacher_config,
-    save_folder,
-)
+from trihybrid.models.checkpoint import load_model, load_teacher, load_teacher_config
 from trihybrid.models.gemma4 import TrihybridGemma4Config, TrihybridGemma4ForCausalLM
+from trihybrid.storage.folder import MANIFEST, Written, check_folder, save_folder
 
 
 def tiny_config() -> Gemma4TextConfig:
@@ -78,7 +76,7 @@ def test_a_saved_model_loads_to_the_bit(tmp_path: Path, build: Callable) -> None
 
 def test_the_manifest_lists_every_file(folder: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert set(manifest["files"]) == set(everything(folder)) - {MANIFEST}
     assert manifest["files"]["model.safetensors"]["bytes"] == (folder / "model.safetensors").stat().st_size
 
@@ -94,10 +92,81 @@ def test_an_exception_while_writing_leaves_the_old_folder(folder: Path) -> None:
         save_folder(folder, write)
     assert everything(folder) == before
     assert check_folder(folder)["model_type"] == "gemma4_text"
-    # What is left of the attempt is removed by the next one, and the new folder holds nothing of the old.
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    # What a kill leaves is removed by the next call, and the new folder holds nothing of the old.
+    (folder.parent / "model.partial").mkdir()
+    (folder.parent / "model.partial" / "config.json").write_text("{}")
     save_folder(folder, tiny_student().save_pretrained)
     assert load_model(folder).config.model_type == "trihybrid_gemma4"
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_said_and_leaves_nothing(folder: Path, number: int) -> None:
+    before = everything(folder)
+
+    def write(partial: Path) -> None:
+        (partial / "model.safetensors").write_bytes(b"half")
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(
+        ValueError, match=rf"model: {os.strerror(number)} while it was written; nothing of it is left"
+    ):
+        save_folder(folder, write)
+    assert everything(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_the_manifest_takes_a_writers_word_and_reads_the_rest(tmp_path: Path) -> None:
+    """What was hashed while it was written is not read again; files of folders inside are listed too."""
+
+    def write(partial: Path) -> Written:
+        (partial / "inner").mkdir()
+        (partial / "inner" / "a").write_bytes(b"a")
+        (partial / "b").write_bytes(b"b")
+        return Written({"inner/a": {"bytes": 1, "sha256": "said"}}, {"tensors": {"copied": 3}})
+
+    save_folder(tmp_path / "model", write)
+    manifest = json.loads((tmp_path / "model" / MANIFEST).read_text())
+    assert manifest == {
+        "format": 2,
+        "files": {
+            "b": {"bytes": 1, "sha256": hashlib.sha256(b"b").hexdigest()},
+            "inner/a": {"bytes": 1, "sha256": "said"},
+        },
+        "tensors": {"copied": 3},
+    }
+
+
+def test_a_damaged_file_of_an_inner_folder_is_found(folder: Path) -> None:
+    def write(partial: Path) -> None:
+        shutil.copytree(folder, partial, dirs_exist_ok=True)
+        (partial / MANIFEST).unlink()
+        (partial / "towers").mkdir()
+        (partial / "towers" / "model.safetensors").write_bytes(b"bytes")
+
+    save_folder(folder.with_name("other"), write)
+    other = folder.with_name("other")
+    assert check_folder(other)["model_type"] == "gemma4_text"
+    (other / "towers" / "model.safetensors").write_bytes(b"Bytes")
+    with pytest.raises(
+        ValueError, match=r"towers/model\.safetensors: its sha256 is not the one in trihybrid\.json"
+    ):
+        check_folder(other)
+
+
+def test_a_manifest_of_format_1_is_read(folder: Path) -> None:
+    files = {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in everything(folder).items()
+        if name != MANIFEST
+    }
+    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files}))
+    assert check_folder(folder)["model_type"] == "gemma4_text"
+    files["config.json"]["sha256"] = "0" * 64
+    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files}))
+    with pytest.raises(ValueError, match=r"config\.json: its sha256"):
+        check_folder(folder)
 
 
 def test_a_kill_between_the_renames_loses_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +279,7 @@ def test_a_damaged_manifest_is_named(folder: Path, text: str) -> None:
         ),
         (
             lambda f: change_config(f, model_type="gpt2"),
-            r'model_type is "gpt2"; this version reads text-only teachers .*: gemma4_text, gemma3_text, llama,',
+            r'model_type is "gpt2"; this version reads teachers .*: gemma4_text, gemma3_text, llama,',
         ),
         (lambda f: change_config(f, model_type=None), r'model_type is "None"; this version reads'),
     ],
@@ -233,6 +302,18 @@ def test_missing_and_misshapen_tensors_are_refused(folder: Path) -> None:
     save_file(tensors | {name: torch.zeros(3, 3)}, path, {"format": "pt"})
     with pytest.raises(ValueError, match=str(folder)):
         load_model(folder)
+
+
+def test_tensors_that_the_model_has_no_place_for_are_named(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = folder / "model.safetensors"
+    (folder / MANIFEST).unlink()
+    save_file(load_file(path) | {"model.extra": torch.zeros(2)}, path, {"format": "pt"})
+    with caplog.at_level(logging.WARNING, logger="trihybrid"):
+        load_model(folder)
+    (line,) = [record.message for record in caplog.records if record.name.startswith("trihybrid")]
+    assert line == f"{folder}: 1 tensors are not used, first model.extra"
 
 
 def test_a_student_is_no_teacher(tmp_path: Path) -> None:

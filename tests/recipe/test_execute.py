@@ -6,14 +6,17 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from tiny_published import write_published
 from trihybrid.distill.match import MatchTask
 from trihybrid.distill.section import ExtendSection
-from trihybrid.models.checkpoint import check_folder, load_model, load_student, load_teacher
+from trihybrid.models.checkpoint import load_model, load_student, load_teacher
 from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
 from trihybrid.recipe.execute import _task, execute
 from trihybrid.recipe.load import dump_recipe, load_recipe
 from trihybrid.run import Lineage, RunDirectory, hash_file, hash_folder, read_log
+from trihybrid.storage.folder import check_folder
 from trihybrid.surgery.operate import read_plan
 
 MODELS = ["teacher", "operated", "aligned", "matched"]
@@ -155,10 +158,36 @@ def test_three_stages_with_a_sliding_layer_in_the_last(
 
 
 def test_the_last_stage_by_kl_is_stage_two_without_its_alignment(micro_run: Path) -> None:
-    run = SimpleNamespace(directory=RunDirectory(micro_run, create=False))
+    run = SimpleNamespace(directory=RunDirectory(micro_run, create=False), workers=ALONE)
     fields = {"loop": {"steps": 1}, "loss": "kl", "chunk": 9, "kept_layers": 1, "train": ["*.rwkv7.w0"]}
     stage = ExtendSection.model_validate(fields)
     task = _task(run, stage, load_student(micro_run / "matched"))  # type: ignore[arg-type]
     assert isinstance(task, MatchTask) and all(name.endswith("w0") for name in task.parameters())
     module = task.module
     assert (module.alignment_weight, module.chunk, module.recomputed) == (0.0, 9, 2)
+
+
+def test_a_published_teacher_serves_a_recipe(micro: ModuleType, micro_recipe: Path, tmp_path: Path) -> None:
+    """Both stages on the text model of a multimodal folder, with scales from its weights alone; the operated student is
+    the one that `convert` writes."""
+    write_published(tmp_path / "published", dtype=torch.float32)
+    surgery = {
+        "rwkv7": {"head_dim": 16, "decay_rank": 6, "iclr_rank": 5, "gate_rank": 7},
+        "tica": {"heads": 4, "kv_heads": 2, "head_dim": 8, "gate_rank": 3},
+    }
+    overrides = [
+        "teacher.pretrain=null",
+        f"teacher.folder={tmp_path / 'published'}",
+        "surgery.calibration_tokens=0",
+    ]
+    overrides += [f"surgery.{name}={json.dumps(fields)}" for name, fields in surgery.items()]
+    overrides += ["stages.0.loop.steps=1", "stages.1.loop.steps=1"]
+    torch.set_num_threads(1)
+    rows = execute(load_recipe(micro_recipe, overrides), tmp_path / "run")
+    assert [row["stage"] for row in rows] == MODELS
+    options = [part for name, fields in surgery.items() for part in ("--set", f"{name}={json.dumps(fields)}")]
+    assert micro.trihybrid("convert", tmp_path / "published", tmp_path / "student", *options).code == 0
+    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("run/operated", "student"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert load_model(tmp_path / "run" / "matched").config.image_token_id == 250

@@ -11,7 +11,8 @@ import yaml
 
 from tiny_teachers import build_teacher
 from trihybrid.data import Tokenizer
-from trihybrid.models.checkpoint import load_model, load_student, load_teacher, save_folder
+from trihybrid.models.checkpoint import load_model, load_student, load_teacher
+from trihybrid.storage.folder import save_folder
 
 LEGEND = {"F": "full", "R": "rwkv7", "B": ["rwkv7", "tica"], "W": {"mixer": "sliding", "window": 8}}
 # Family -> layout, window of teacher and student.

@@ -4,10 +4,12 @@ Legend: B batch, T tokens.
 """
 
 import copy
+import json
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 import tiny_gemma4
@@ -20,11 +22,12 @@ from trihybrid.distill.pair import Pair
 from trihybrid.distill.section import NEW_MIXERS
 from trihybrid.models.anatomy import anatomy
 from trihybrid.models.cache import CACHE
-from trihybrid.models.checkpoint import load_model
+from trihybrid.models.checkpoint import load_model, open_teacher
 from trihybrid.models.families import family_of
 from trihybrid.models.shapes import load_shape
 from trihybrid.surgery.operate import operate, save_student
 from trihybrid.surgery.plan import make_plan
+from trihybrid.surgery.stream import stream_student
 from trihybrid.testing import relative_error
 
 NAMES = ["gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "gemma-4-26b-a4b", "gemma-4-31b"]
@@ -110,6 +113,28 @@ def test_parameters_are_those_of_the_plan(pair) -> None:
     teacher, plan, student = pair
     for model, side in ((teacher, "before"), (student, "after")):
         assert plan[side]["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_stream_writes_the_same_student(pair, calibration, tmp_path) -> None:
+    """From the teacher's folder, to the bit; experts lie one by one in those of `qwen3_moe`."""
+    teacher, plan, student = pair
+    teacher.save_pretrained(tmp_path / "teacher")
+    stored = load_file(tmp_path / "teacher" / "model.safetensors")
+    assert any(".experts.0." in name for name in stored) == (teacher.config.model_type == "qwen3_moe")
+    opened = open_teacher(tmp_path / "teacher")
+    report = stream_student(opened, plan, tmp_path / "streamed", [calibration])
+    save_student(student, plan, tmp_path / "memory")
+    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("streamed", "memory"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("streamed", "memory")]
+    for config in configs:
+        del (
+            config["base_config"]["architectures"],
+            config["base_config"]["dtype"],
+        )  # of a teacher that was saved
+    assert configs[0] == configs[1]
+    assert report.unused == []
 
 
 @torch.no_grad()

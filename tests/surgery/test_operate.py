@@ -9,7 +9,8 @@ from torch import nn
 
 from trihybrid.mixers.contract import Shared
 from trihybrid.mixers.span import packed
-from trihybrid.models.checkpoint import check_folder, load_model
+from trihybrid.models.checkpoint import load_model
+from trihybrid.storage.folder import check_folder
 from trihybrid.surgery.calibrate import record_layers
 from trihybrid.surgery.inherit import rms
 from trihybrid.surgery.operate import PLAN_FILE, operate, save_student
@@ -137,7 +138,7 @@ def test_every_choice_runs_and_loads_to_the_bit(
 @pytest.mark.parametrize("keys", ["copy", "ridge", "share"])
 def test_slot_outputs_have_the_rms_of_the_teachers_attention(make, teacher, calibration, keys, gate) -> None:
     student = make(donor_keys_values=keys, gate=gate)
-    records = record_layers(teacher, [calibration], CONVERTED)
+    records = record_layers(teacher.model, [calibration], CONVERTED)
     shared, span = Shared(), packed(calibration[1])
     for index in CONVERTED:
         slot = student.model.layers[index].self_attn
@@ -149,7 +150,7 @@ def test_slot_outputs_have_the_rms_of_the_teachers_attention(make, teacher, cali
 @pytest.mark.parametrize("keys", ["copy", "ridge"])
 def test_values_have_rms_one_as_behind_the_teachers_norm(make, teacher, calibration, keys) -> None:
     student = make(donor_keys_values=keys)
-    records = record_layers(teacher, [calibration], CONVERTED)
+    records = record_layers(teacher.model, [calibration], CONVERTED)
     for index in CONVERTED:
         value = student.model.layers[index].self_attn.rwkv7.value.weight
         assert rms((records[index].inputs[0] @ value.T).detach()) == pytest.approx(1.0, rel=1e-4)
@@ -260,8 +261,15 @@ def test_plans_of_other_teachers_and_empty_calibration_are_refused(
     ):
         operate(teacher, foreign, [calibration])
     plan = make_plan(teacher.config, make_section(), "tiny", contexts=(64,))
-    with pytest.raises(ValueError, match="no calibration tokens; give at least one block"):
+    with pytest.raises(
+        ValueError, match=r"calibration_tokens is 256; give at least one block of .* or set it to 0"
+    ):
         operate(teacher, plan, [])
+    weights = make_plan(teacher.config, make_section(calibration_tokens=0), "tiny", contexts=(64,))
+    with pytest.raises(
+        ValueError, match=r"calibration_tokens is 0: .* leave the tokens away, or set how many"
+    ):
+        operate(teacher, weights, [calibration])
 
 
 def test_several_calibration_blocks_count_as_their_whole(make, teacher, make_section, calibration) -> None:
@@ -293,7 +301,7 @@ def test_ridge_regression_is_nearer_the_donor_than_the_copy(teacher, make_sectio
         (torch.randint(3, 97, (12, 40), generator=generator), calibration[1][:1].expand(12, -1))
         for _ in range(2)
     )
-    records = record_layers(teacher, [held_out], [5, 8])
+    records = record_layers(teacher.model, [held_out], [5, 8])
     lender = teacher.model.layers[5].self_attn
     target = (records[5].inputs[0] @ lender.v_proj.weight.T).flatten()
     likeness = {}

@@ -39,7 +39,7 @@ def build(make_section, calibration):
         section.rwkv7.head_dim = head_dim
         plan = make_plan(teacher.config, section, name, contexts=(64,))
         student = operate(teacher, plan, [calibration])
-        records = record_layers(teacher, [calibration], converted)
+        records = record_layers(teacher.model, [calibration], converted)
         return {index: (student.model.layers[index].self_attn, records[index]) for index in converted}
 
     return make

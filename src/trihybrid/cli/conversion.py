@@ -120,7 +120,12 @@ def plan(
 
 @app.command()
 def convert(
-    teacher: Annotated[Path, typer.Argument(help="Folder of a text model: Gemma, Llama, Mistral or Qwen.")],
+    teacher: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of a Gemma, Llama, Mistral or Qwen, as published or text only, or its name on the hub."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder for the student; it must not exist yet.")],
     plan_file: Annotated[
         Path | None, typer.Option("--plan", help="A plan saved by `trihybrid plan --save`.")
@@ -130,21 +135,34 @@ def convert(
         str, typer.Option(help="TICA's keys and values: `own`, or shared as the `teacher` does.")
     ] = "own",
     text: Annotated[
-        str, typer.Option(help="Text to fit scales on: `builtin`, a file or a folder.")
+        str,
+        typer.Option(
+            help="Text to fit scales on, where `--set calibration_tokens=...` asks for some: `builtin`, a file "
+            "or a folder."
+        ),
     ] = "builtin",
+    towers: Annotated[
+        bool, typer.Option(help="Carry a multimodal teacher's towers for images and sound along, untouched.")
+    ] = True,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Convert a teacher into a student that inherits its weights. Distil it afterwards: it is only a start."""
+    """Convert a teacher into a student that inherits its weights. Distil it afterwards: it is only a start.
+
+    The teacher is read and the student written as a stream, never whole in memory.
+    """
     from trihybrid.recipe.convert import convert_folder
 
     section = None if plan_file is not None else _surgery(pattern, share_kv, overrides)
     if plan_file is not None and (pattern is not None or share_kv != "own" or overrides):
         raise ValueError("--plan says it all; leave --pattern, --share-kv and --set away")
-    made = convert_folder(teacher, out, section, plan_file, text)
+    made, report = convert_folder(teacher, out, section, plan_file, text, towers, revision)
     converted = [layer["index"] for layer in made["layers"] if layer["before"] != "+".join(layer["after"])]
     console.print(
         f"{out}: layers {converted} converted; {made['after']['parameters']:,} parameters", soft_wrap=True
     )
+    for line in report.lines():
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _surgery(pattern: str | None, share_kv: str, overrides: list[str] | None) -> Any:

@@ -4,6 +4,7 @@ This room knows nothing of models.
 """
 
 from .byte_table import ByteTable, byte_lengths, check_table
+from .carry import carry_tokenizer
 from .challenge import challenge_files, export_challenge, import_challenge, read_challenge_file
 from .corpus import Corpus, CorpusSection, prepare_corpus
 from .packing import Batch, PackedBatches, sequential
@@ -32,6 +33,7 @@ __all__ = [
     "TokenShards",
     "Tokenizer",
     "byte_lengths",
+    "carry_tokenizer",
     "challenge_files",
     "check_table",
     "deduplicate",

@@ -96,9 +96,7 @@ class Tokenizer:
         backend.no_padding()
         backend.encode_special_tokens = False
         if backend.encode("a", add_special_tokens=True).ids[0] != self.bos_id:
-            backend.post_processor = processors.TemplateProcessing(
-                single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, self.bos_id)]
-            )
+            backend.post_processor = beginning(bos, self.bos_id)
         backend.encode_special_tokens = True  # "<eos>" written in a text is five ordinary characters
 
     @classmethod
@@ -275,6 +273,13 @@ def _json_object(file: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{file} is not a JSON object")
     return fields
+
+
+def beginning(bos: str, bos_id: int) -> processors.TemplateProcessing:
+    """The post-processor that puts BOS before every text."""
+    return processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
+    )
 
 
 def byte_characters() -> list[str]:

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trihybrid.export.folder.card import CARD
 from trihybrid.export.folder.code import changed_files
 from trihybrid.export.folder.write import CONFIG
-from trihybrid.export.inventory import differences, stored_tensors, wanted_tensors
 from trihybrid.export.published.read import read_published
 from trihybrid.export.published.write import write_published
-from trihybrid.models.checkpoint import MANIFEST, check_folder, save_folder
 from trihybrid.models.families import FAMILIES, family_of_student
+from trihybrid.models.inventory import differences, wanted_tensors
+from trihybrid.storage.folder import MANIFEST, check_folder, save_folder
+from trihybrid.storage.tensor_files import read_headers, weight_files
+from trihybrid.surgery.card import CARD
 
 _logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def _take_back(source: Path, fields: dict[str, Any], kind: str, out: Path) -> Im
         _logger.warning("%s: %s", source, notes[0])
     fields.pop("auto_map", None)
     config = family_of_student(kind).student.config_class.from_dict(dict(fields))
-    faults = differences(stored_tensors(source), wanted_tensors(config))
+    faults = differences(read_headers(weight_files(source)), wanted_tensors(config))
     if faults:
         raise ValueError(f"{source}: {len(faults)} tensors do not fit {CONFIG}, first: {faults[0]}")
 

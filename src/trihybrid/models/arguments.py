@@ -43,6 +43,28 @@ def build_span(
     return packed(position_ids.expand(batch, length))
 
 
+def refuse_media(input_ids: Tensor, media: dict[int, str]) -> None:
+    """Refuse tokens in whose place a multimodal model would put an image, sound or video: here they would be read as
+    words. A single new token is the model's own and not looked at.
+
+    Args:
+        input_ids: [B, T].
+        media: id of such a token -> what it is called.
+
+    Raises:
+        ValueError: one of them is there.
+    """
+    if not media or input_ids.shape[-1] == 1 or torch.compiler.is_compiling():
+        return
+    found = torch.isin(input_ids, torch.tensor(list(media), device=input_ids.device))
+    if bool(found.any()):
+        token = int(input_ids[found][0])
+        raise ValueError(
+            f"input_ids hold {token}, the {media[token]}: this is the text model alone, which has no images, sound or "
+            "video; leave them out of the prompt"
+        )
+
+
 def _restarts(position_ids: Tensor, valid_BT: Tensor | None, start: int = 0) -> bool:
     """Whether positions jump between two tokens of the block, or begin a document behind `start` tokens of another."""
     jump_BT = position_ids[:, 1:] - position_ids[:, :-1] != 1

@@ -23,7 +23,7 @@ from trihybrid.distill.extend import ExtendTask, Extension
 from trihybrid.distill.match import Matching, MatchTask
 from trihybrid.distill.pair import Pair
 from trihybrid.distill.section import AlignSection, ExtendSection, MatchSection
-from trihybrid.models.checkpoint import load_student, load_teacher, save_folder
+from trihybrid.models.checkpoint import load_student, load_teacher
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.shapes import TeacherConfig
 from trihybrid.pretrain.task import PretrainTask
@@ -34,6 +34,7 @@ from trihybrid.recipe.schema import NAMES, Recipe, Stage
 from trihybrid.recipe.workers import recipe_workers
 from trihybrid.run import Lineage, RunDirectory, RunLog, hash_folder, hash_json, write_json, write_text
 from trihybrid.run.tracking import Tracker, check_trackers, open_trackers
+from trihybrid.storage.folder import save_folder
 from trihybrid.surgery.layout import window_of
 from trihybrid.surgery.operate import operate, read_plan, save_student
 from trihybrid.surgery.plan import make_plan
@@ -280,14 +281,17 @@ def _operate(run: Run, parent: str) -> str:
         teacher = load_teacher(run.directory.model("teacher"))
         plan = make_plan(teacher.config, section, teacher_name(run.recipe))
         write_json(run.directory.plan, plan)
-        student = operate(teacher, plan, calibration_blocks(run.data, section.calibration_tokens))
+        student = operate(teacher, plan, calibration_blocks(run.data, plan["surgery"]["calibration_tokens"]))
         save_student(student, plan, run.directory.model("operated"), run.data.tokenizer.save)
 
     return run.phase("operated", parent, section.model_dump(mode="json"), make)
 
 
 def calibration_blocks(data: PreparedData, tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """(input_ids, position_ids) of about `tokens` training tokens, in rows of at most `CALIBRATION_LENGTH`."""
+    """(input_ids, position_ids) of about `tokens` training tokens, in rows of at most `CALIBRATION_LENGTH`; none where
+    none are wanted."""
+    if not tokens:
+        return []
     length = min(CALIBRATION_LENGTH, len(data.train) - 1)
     rows = max(1, min(tokens // length, (len(data.train) - 1) // length))
     batch = PackedBatches(data.train, length, rows, seed=0).batch(0)

@@ -19,6 +19,7 @@ from trihybrid.data.packing import Batch, PackedBatches
 from trihybrid.data.prefetch import Prefetch
 from trihybrid.data.tokens import TextTokenizer
 from trihybrid.models.compact.model import CompactModel
+from trihybrid.models.drawing import drawing
 from trihybrid.pretrain.compact import CompactTask
 from trihybrid.recipe.artifact import compute_dtype
 from trihybrid.recipe.compact import CompactRecipe, config_hash, read_compact
@@ -122,17 +123,10 @@ def _processes(recipe: CompactRecipe) -> int:
 
 
 def draw_model(recipe: CompactRecipe, tokenizer: TextTokenizer, device: torch.device) -> CompactModel:
-    """The model at its start. It is drawn on the CPU and by one thread, so that a seed means the same everywhere: the
-    rounding of an orthogonal start depends on the number of threads (and with too many it takes minutes)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.train.loop.seed)
-            model = CompactModel(recipe.model, tokenizer.vocab_size)
-            model.initialise()
-    finally:
-        torch.set_num_threads(threads)
+    """The model at its start, drawn on the CPU."""
+    with drawing(recipe.train.loop.seed):
+        model = CompactModel(recipe.model, tokenizer.vocab_size)
+        model.initialise()
     model.to(device)
     model.compute_dtype = compute_dtype(recipe.train.precision, device)
     fake = _fake_quantise(recipe)

@@ -13,6 +13,30 @@ from trihybrid.models.shapes import TeacherConfig
 from trihybrid.surgery.inherit import Heads
 from trihybrid.surgery.section import SurgerySection
 
+CALIBRATION_TOKENS = 8192
+"""Tokens of text that scales are fitted on where they are needed and the section does not say how many."""
+
+
+def settle(base: TeacherConfig, section: SurgerySection) -> SurgerySection:
+    """The section with what it leaves to the teacher: how much text scales are fitted on.
+
+    A norm behind the attention (Gemma's) takes the scale of a slot's output out again, so that a rough one will do. In
+    other families the residual stream receives it, and a token's own values say too little of it.
+
+    Raises:
+        ValueError: no text, for a teacher that needs some.
+    """
+    forgets = anatomy(base).post_norm is not None
+    if section.calibration_tokens is None:
+        none = forgets and section.donor_keys_values != "ridge"
+        return section.model_copy(update={"calibration_tokens": 0 if none else CALIBRATION_TOKENS})
+    if not section.calibration_tokens and not forgets:
+        raise ValueError(
+            f"surgery.calibration_tokens is 0, but no norm stands behind the attention of a {base.model_type}: scales "
+            f"of its students are fitted on text; leave it away ({CALIBRATION_TOKENS} then), or set at least 256"
+        )
+    return section
+
 
 @dataclass(frozen=True)
 class Blueprint:
@@ -61,7 +85,8 @@ def student_config(base: TeacherConfig, section: SurgerySection) -> HybridConfig
     """
     plan = blueprint(base, section)
     return family_of(base).student.config_class(
-        base_config=base.to_dict(),
+        # Where the teacher lay is nobody's business.
+        base_config=base.to_dict() | {"_name_or_path": ""},
         slots=[slot.as_dict() for slot in plan.slots],
         rwkv7=plan.rwkv7,
         tica=plan.tica,

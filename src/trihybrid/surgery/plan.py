@@ -8,7 +8,7 @@ from trihybrid.models.anatomy import Anatomy, anatomy
 from trihybrid.models.pattern import Slot
 from trihybrid.models.shapes import TeacherConfig
 from trihybrid.surgery.cost import account
-from trihybrid.surgery.layout import blueprint, student_heads
+from trihybrid.surgery.layout import blueprint, settle, student_heads
 from trihybrid.surgery.notes import warnings
 from trihybrid.surgery.section import SurgerySection
 
@@ -48,6 +48,7 @@ def make_plan(
     Raises:
         ValueError: a layout that does not fit the teacher.
     """
+    section = settle(base, section)
     student = blueprint(base, section)
     slots, body = student.slots, anatomy(base)
     before = account(base, None, list(contexts))
@@ -141,8 +142,11 @@ def sources(base: TeacherConfig, slot: Slot, index: int, section: SurgerySection
             order = "one to one"
         bias = " and bias" if body.input_bias else ""
         found["rwkv7.receptance"] = f"layer {index} q_proj rows{bias} {order}{_folded(body)}"
+        seen = "text" if settle(base, section).calibration_tokens else "noise"
         output = " with its bias," if body.output_bias else ""
-        found["rwkv7.output"] = f"layer {index} o_proj columns {order},{output} scaled to the teacher's rms"
+        found["rwkv7.output"] = (
+            f"layer {index} o_proj columns {order},{output} scaled to the teacher's rms on {seen}"
+        )
         if "rwkv7" in slot.donors:
             found["rwkv7.key, value"] = f"none: slot {owner}'s, read at run time"
         elif owner != index and section.donor_keys_values == "ridge":

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from trihybrid.models.pattern import LegendEntry
 
@@ -81,6 +81,22 @@ class SurgerySection(BaseModel):
         description="order of the blocks that wide heads are split into: so that queries meet their own keys, or plain "
         "consecutive blocks; without a meaning where heads map one to one",
     )
-    calibration_tokens: int = Field(
-        default=8192, ge=256, description="tokens that scales (and ridge regression) are fitted on"
+    calibration_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        description="tokens of text, 0 or at least 256, that scales (and ridge regression) are fitted on; with 0 the "
+        "scales come from the teacher's weights alone; not given: 0 where a norm stands behind the teacher's attention "
+        "(Gemma) and nothing is fitted, else 8192",
     )
+
+    @model_validator(mode="after")
+    def _enough_text(self) -> "SurgerySection":
+        tokens = self.calibration_tokens
+        if tokens is not None and 0 < tokens < 256:
+            raise ValueError(f"calibration_tokens is {tokens}; it must be 0 or at least 256")
+        if self.donor_keys_values == "ridge" and tokens == 0:
+            raise ValueError(
+                'donor_keys_values is "ridge", which is fitted on text; set calibration_tokens (8192, say), or take '
+                '"copy"'
+            )
+        return self

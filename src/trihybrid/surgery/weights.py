@@ -1,4 +1,4 @@
-"""A teacher's attention by what its tensors do, whatever its family leaves out.
+"""A teacher's attention by what its tensors do, whatever its family leaves out, and read from wherever they lie.
 
 Legend: C model width, H query heads, G key/value heads, D channels of a head.
 """
@@ -6,9 +6,12 @@ Legend: C model width, H query heads, G key/value heads, D channels of a head.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from trihybrid.models.anatomy import Anatomy
+from trihybrid.models.teacher.source import TensorSource
 
 
 @dataclass(frozen=True)
@@ -61,4 +64,54 @@ def attention_weights(find: Callable[[str], Tensor | None], body: Anatomy) -> At
         key_bias=key_bias,
         value_bias=value_bias,
         output_bias=find("o_proj.bias"),
+    )
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """What a slot is made from.
+
+    Attributes:
+        attention: the layer's, with keys and values of the layer that owns those which it reads.
+        input_gain: [C] what the normed stream is multiplied with before it.
+        names: what the tensors of the attention are called in the teacher.
+    """
+
+    attention: AttentionWeights
+    input_gain: Tensor
+    names: frozenset[str]
+
+
+def read_layer(
+    source: TensorSource, empty: PreTrainedModel, body: Anatomy, index: int, dtype: torch.dtype
+) -> LayerWeights:
+    """Read what the slot of a layer is made from, in `dtype`. Only what the teacher's model has is read, never what a
+    file may hold beside it, as keys and values of layers that share them.
+
+    Args:
+        source: the teacher's tensors.
+        empty: its model without tensors, which says what there must be.
+
+    Raises:
+        ValueError: a tensor is missing.
+    """
+    there = set(source.names)
+
+    def read(name: str) -> Tensor:
+        if name not in there:
+            raise ValueError(f"the teacher has no tensor {name}; fetch its folder again")
+        return source.read(name).to(dtype)
+
+    places = {
+        part: f"model.layers.{layer}.self_attn.{part}"
+        for layer in (index, body.owners[index])
+        for part in empty.model.layers[layer].self_attn.state_dict()
+        if layer == index or part.startswith(("k_", "v_"))
+    }
+    found = {part: read(name) for part, name in places.items()}
+    gain = read(f"model.layers.{index}.input_layernorm.weight")
+    return LayerWeights(
+        attention_weights(found.get, body),
+        1 + gain if body.norm == "one_plus_weight" else gain,
+        frozenset(places.values()),
     )

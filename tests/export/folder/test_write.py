@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from trihybrid.export.folder.code import auto_map, changed_files, code_files
 from trihybrid.export.folder.write import export_folder
 from trihybrid.export.incoming import import_folder
-from trihybrid.models.checkpoint import MANIFEST, check_folder, load_model
+from trihybrid.models.checkpoint import load_model
+from trihybrid.storage.folder import MANIFEST, check_folder
 
 TYPE = "trihybrid_gemma4"
 LOAD = """

@@ -14,7 +14,9 @@ from gemma4_reading import Reading
 from trihybrid.export.folder.write import export_folder
 from trihybrid.export.incoming import import_folder
 from trihybrid.mixers.rwkv7 import REVISIONS
-from trihybrid.models.checkpoint import check_folder, load_model
+from trihybrid.models.checkpoint import load_model
+from trihybrid.storage.folder import check_folder
+from trihybrid.storage.tensor_files import TensorRange
 from trihybrid.testing import relative_error
 
 IDS = [5, 17, 2, 44, 9, 9, 30, 51, 8, 21, 3]
@@ -160,22 +162,19 @@ def test_an_import_is_whole_and_says_where_all_came_from(tmp_path: Path) -> None
     assert set(report["left"].values()) == {"declared and not used by hxa07b"}
 
 
-def test_shards_are_bounded(tmp_path: Path) -> None:
-    """Every tensor in one of several files, listed in the index, and the same model."""
-    from trihybrid.export.published.read import read_published
-    from trihybrid.export.published.write import write_published
-
+def test_weights_are_written_as_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all tensors only those are in memory that have to be turned round."""
     fields, tensors = published_checkpoint.qwen3("hxa079")
     source = published_checkpoint.write(tmp_path / "published", fields, tensors)
-    reading = read_published(source, fields)
-    write_published(source, reading, tmp_path / "one")
-    write_published(source, reading, tmp_path / "many", shard_bytes=6000)
-    files = sorted((tmp_path / "many").glob("*.safetensors"))
-    assert len(files) > 3 and all(path.stat().st_size < 6000 + 2500 for path in files)
-    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"].values()) == {path.name for path in files}
-    left, right = (load_model(tmp_path / name).state_dict() for name in ("one", "many"))
-    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    read: list[tuple[int, ...]] = []
+    plain = TensorRange.read
+    monkeypatch.setattr(TensorRange, "read", lambda self: read.append(self.shape) or plain(self))
+    import_folder(source, tmp_path / "ours")
+    places = json.loads((tmp_path / "ours" / "import.json").read_text())["tensors"].values()
+    turned = [place["from"][0] for place in places if place["change"] == "transpose"]
+    assert sorted(read) == sorted(tuple(tensors[name].shape) for name in turned)
+    assert len(turned) < len(tensors) / 2
+    assert [path.name for path in (tmp_path / "ours").glob("*.safetensors*")] == ["model.safetensors"]
 
 
 def test_an_imported_student_is_exported_like_any_other(

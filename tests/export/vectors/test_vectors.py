@@ -17,7 +17,7 @@ from tiny_gemma4 import build_teacher
 from trihybrid.export.incoming import import_folder
 from trihybrid.export.vectors.record import WHAT, describe
 from trihybrid.export.vectors.write import MANIFEST, write_vectors
-from trihybrid.models.checkpoint import save_folder
+from trihybrid.storage.folder import save_folder
 from trihybrid.testing import relative_error
 
 PROMPT, STEPS = 9, 3

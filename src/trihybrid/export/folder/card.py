@@ -4,7 +4,6 @@ Every number is computed from the configuration, or read from a run whose lineag
 """
 
 import json
-import re
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,13 @@ from typing import Any
 from trihybrid import __version__
 from trihybrid.models.decoder.config import HybridConfig
 from trihybrid.run import Lineage, LineageRecord, RunDirectory, hash_folder
+from trihybrid.surgery.card import front, teacher_name, totals
 from trihybrid.surgery.cost import account
 from trihybrid.surgery.operate import PLAN_FILE
 from trihybrid.surgery.plan import CONTEXTS
-from trihybrid.surgery.render import TOTALS
 
-CARD = "README.md"
 IMPORTED = "import.json"
 """What an import leaves beside a published student's weights: where they came from."""
-
-FRONT = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [trihybrid, custom_code, hybrid, rwkv7]
----
-"""
 
 LOAD = """## Load
 
@@ -67,9 +58,10 @@ def model_card(student: Path, config: HybridConfig, title: str) -> str:
     before, after = account(base, None, contexts), account(base, config, contexts)
     plan = _plan(student)
     converted = sum(slot.converted for slot in slots)
-    teacher, notes = ("", []) if plan is None else (f", made from {_teacher_name(plan)}", plan["warnings"])
+    teacher, notes = ("", []) if plan is None else (f", made from {teacher_name(plan)}", plan["warnings"])
     lines = [
-        FRONT + f"# {title}",
+        *front(["trihybrid", "custom_code", "hybrid", "rwkv7"]),
+        f"# {title}",
         "",
         f"A hybrid language model{teacher}: {converted} of the {len(slots)} layers of a {base.model_type} hold "
         "recurrences or small attentions in the place of the teacher's attention; the others are the teacher's. "
@@ -112,12 +104,6 @@ def _origin(student: Path) -> str:
     return f" Read from {report['source']}, revision {report['revision']}."
 
 
-def _teacher_name(plan: dict[str, Any]) -> str:
-    """The hub's name, or a shape's, or the last part of a path: where a folder lay says nothing to others."""
-    name = plan["teacher"]
-    return name if re.fullmatch(r"[\w-]+(/[\w.-]+)?", name) else Path(name).name
-
-
 def _layers(after: dict[str, Any]) -> list[str]:
     """One row for each stretch of equal layers."""
     rows = ["| layers | mixers | keys and values |", "|---|---|---|"]
@@ -131,8 +117,7 @@ def _layers(after: dict[str, Any]) -> list[str]:
 
 
 def _totals(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    rows = ["| | teacher | this model |", "|---|---|---|"]
-    rows += [f"| {label} | {before[key]:,} | {after[key]:,} |" for key, label in TOTALS]
+    rows = totals(before, after)
     for key, label in (
         ("flops_per_token", "FLOPs a token at"),
         ("bytes_read_per_token", "bytes read a token at"),

@@ -5,11 +5,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from trihybrid.export.folder.card import CARD, model_card
+from trihybrid.export.folder.card import model_card
 from trihybrid.export.folder.code import auto_map, code_files
-from trihybrid.export.inventory import differences, stored_tensors, wanted_tensors
-from trihybrid.models.checkpoint import MANIFEST, check_folder, save_folder
 from trihybrid.models.families import family_of_student
+from trihybrid.models.inventory import differences, wanted_tensors
+from trihybrid.storage.folder import MANIFEST, check_folder, save_folder
+from trihybrid.storage.tensor_files import read_headers, weight_files
+from trihybrid.surgery.card import CARD
 
 CONFIG = "config.json"
 
@@ -46,7 +48,7 @@ def export_folder(student: Path, out: Path) -> Export:
     kind = str(fields.get("model_type"))
     code = code_files(kind)
     config = family_of_student(kind).student.config_class.from_dict(dict(fields))
-    faults = differences(stored_tensors(student), wanted_tensors(config))
+    faults = differences(read_headers(weight_files(student)), wanted_tensors(config))
     if faults:
         raise ValueError(f"{student}: {len(faults)} tensors do not fit {CONFIG}, first: {faults[0]}")
     card = model_card(student, config, out.name)

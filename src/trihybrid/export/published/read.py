@@ -10,14 +10,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trihybrid.export.inventory import StoredTensor, stored_tensors, wanted_tensors
 from trihybrid.export.published.identify import Published, identify
 from trihybrid.export.published.names import Layer, Shape, Source, match_layer, recurrent, residual_ranks
 from trihybrid.mixers.rwkv7 import Revision
 from trihybrid.models.anatomy import KINDS, TYPES, anatomy
 from trihybrid.models.decoder.config import HybridConfig
 from trihybrid.models.families import FAMILIES
+from trihybrid.models.inventory import wanted_tensors
 from trihybrid.models.pattern import Slot
+from trihybrid.models.teacher.experts import single_experts
+from trihybrid.storage.tensor_files import TensorRange, read_headers, weight_files
 
 SPELLINGS = (
     (re.compile(r"^model\.model\."), "model."),
@@ -51,7 +53,7 @@ class Reading:
 
     published: Published
     config: HybridConfig
-    stored: dict[str, StoredTensor]
+    stored: dict[str, TensorRange]
     sources: dict[str, Source]
     left: dict[str, str]
     notes: list[str] = field(default_factory=list)
@@ -70,7 +72,7 @@ def read_published(folder: Path, fields: dict[str, Any], revision: str | None = 
             wanted, what was found, and what is missing.
     """
     published = identify(fields, revision)
-    stored = stored_tensors(folder)
+    stored = read_headers(weight_files(folder))
     names = _our_spelling(stored)
     shapes = _layers(names, stored)
     hidden = int(published.base.get("hidden_size", 0))
@@ -97,7 +99,7 @@ def read_published(folder: Path, fields: dict[str, Any], revision: str | None = 
     return reading
 
 
-def _our_spelling(stored: Mapping[str, StoredTensor]) -> dict[str, str]:
+def _our_spelling(stored: Mapping[str, TensorRange]) -> dict[str, str]:
     """Our spelling of every name -> the published one.
 
     Raises:
@@ -116,7 +118,7 @@ def _our_spelling(stored: Mapping[str, StoredTensor]) -> dict[str, str]:
     return names
 
 
-def _layers(names: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> dict[int, dict[str, Shape]]:
+def _layers(names: Mapping[str, str], stored: Mapping[str, TensorRange]) -> dict[int, dict[str, Shape]]:
     """Layer -> shapes of the tensors in its `self_attn`, by the ends of their names."""
     layers: dict[int, dict[str, Shape]] = {}
     for name, published in names.items():
@@ -266,17 +268,15 @@ def _place(
 
 
 def _experts(
-    name: str, shape: Shape, names: Mapping[str, str], stored: Mapping[str, StoredTensor]
+    name: str, shape: Shape, names: Mapping[str, str], stored: Mapping[str, TensorRange]
 ) -> Source | None:
     """Experts that are stored one by one, where ours lie in one tensor, [experts, outputs, inputs]: `gate_up_proj` is
     gate above up. None where they are not all there, in their shapes."""
-    found = re.fullmatch(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)", name)
-    if found is None:
+    wanted = single_experts(name, shape[0])
+    if not wanted:
         return None
-    pair = found[2] == "gate_up_proj"
-    parts = ("gate_proj", "up_proj") if pair else ("down_proj",)
-    single = (shape[1] // len(parts), shape[2])
-    wanted = [f"{found[1]}.{expert}.{part}.weight" for expert in range(shape[0]) for part in parts]
+    pair = len(wanted) == 2 * shape[0]
+    single = (shape[1] // (2 if pair else 1), shape[2])
     if not all(part in names and stored[names[part]].shape == single for part in wanted):
         return None
     return Source(tuple(names[part] for part in wanted), "stack pairs" if pair else "stack")

@@ -14,9 +14,10 @@ from transformers.cache_utils import DynamicCache
 
 from trihybrid import __version__
 from trihybrid.export.vectors.record import LEGEND, describe, record_step
-from trihybrid.models.checkpoint import load_model, save_folder
+from trihybrid.models.checkpoint import load_model
 from trihybrid.ops.backend import choose
 from trihybrid.run import hash_folder
+from trihybrid.storage.folder import save_folder
 from trihybrid.testing import TOLERANCE
 
 MANIFEST = "manifest.json"

@@ -31,6 +31,14 @@ COPIED = (
 """Fields of the teacher that generic code reads on top, where it has them. `num_kv_shared_layers` is not among them:
 with it, transformers builds a cache that stops at the first sharing layer and has no slot for the recurrences above."""
 
+MEDIA_TOKENS = {
+    "image_token_id": ("image_token_id", "image_token_index"),
+    "audio_token_id": ("audio_token_id",),
+    "video_token_id": ("video_token_id",),
+}
+"""The tokens in whose place a multimodal model puts an image, sound or video -> how its configuration may spell them.
+They travel in the text model's configuration, and a prompt that holds one is refused."""
+
 DERIVED = ("layer_types", "sliding_window", "final_logit_softcapping")
 """Fields on top that follow from the teacher and the slots."""
 
@@ -93,10 +101,15 @@ class HybridConfig(PreTrainedConfig):
         for name in COPIED:
             if hasattr(typical, name):
                 setattr(self, name, getattr(typical, name))
+        for name in MEDIA_TOKENS:
+            if getattr(base, name, None) is not None:
+                setattr(self, name, getattr(base, name))
         self.layer_types = [_layer_type(slot) for slot in slots]
         self.sliding_window = next((slot.window for slot in slots if slot.window), body.window)
         self.final_logit_softcapping = body.softcap
-        kwargs = {name: value for name, value in kwargs.items() if name not in (*COPIED, *DERIVED)}
+        kwargs = {
+            name: value for name, value in kwargs.items() if name not in (*COPIED, *DERIVED, *MEDIA_TOKENS)
+        }
         super().__post_init__(**kwargs)
 
     def base(self) -> TeacherConfig:
@@ -104,6 +117,11 @@ class HybridConfig(PreTrainedConfig):
         base = self.teacher_config.from_dict(dict(self.base_config or {}))
         base._attn_implementation = self._attn_implementation
         return base
+
+    def media_tokens(self) -> dict[int, str]:
+        """Id -> name of the tokens in whose place a multimodal model puts an image, sound or video."""
+        found = {getattr(self, name, None): name for name in MEDIA_TOKENS}
+        return {token: name for token, name in found.items() if token is not None}
 
     def slot_list(self) -> list[Slot]:
         return [Slot.from_dict(slot) for slot in self.slots or []]

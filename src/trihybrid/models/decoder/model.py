@@ -30,7 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 from trihybrid.mixers.contract import Mixer, Shared
 from trihybrid.mixers.span import Span
 from trihybrid.models.anatomy import TYPES, anatomy
-from trihybrid.models.arguments import build_span
+from trihybrid.models.arguments import build_span, refuse_media
 from trihybrid.models.cache import CACHE, given_cache, seen_tokens
 from trihybrid.models.decoder.config import HybridConfig
 from trihybrid.models.decoder.sliding import SLIDING, Window, window_of_span
@@ -188,6 +188,8 @@ class HybridModel(HybridPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if input_ids is not None:
+            refuse_media(input_ids, self.config.media_tokens())
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         per_layer_BTLP = self.per_layer(input_ids, hidden_BTD, per_layer_inputs)
         batch, length = hidden_BTD.shape[:2]
