@@ -100,7 +100,7 @@ def wait(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end, "it never came"
-        time.sleep(0.005)
+        time.sleep(0.02)
 
 
 @contextmanager

@@ -70,7 +70,8 @@ def test_another_process_goes_on_to_the_bit(engine: Engine, folder: Path, tmp_pa
     stated = session.snapshot.bytes
     size = save_session(path, engine, session, made_by)
     with safe_open(str(path), framework="pt") as file:
-        tensors = [file.get_tensor(name) for name in file.keys()]
+        names = file.keys()
+        tensors = [file.get_tensor(name) for name in names]
     header = int.from_bytes(path.read_bytes()[:8], "little")
     assert stated == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     assert size == path.stat().st_size == stated + header + 8
@@ -121,7 +122,9 @@ def test_a_broken_file_is_refused(engine: Engine, folder: Path, tmp_path: Path, 
     save_session(path, engine, whole_conversation(engine, begin(engine)), made_by)
     data = path.read_bytes()
     weights = (folder / "model.safetensors").read_bytes()
-    path.write_bytes({"cut": data[:-9], "text": b"hello, this is text", "empty": b"", "plain": weights}[damage])
+    path.write_bytes(
+        {"cut": data[:-9], "text": b"hello, this is text", "empty": b"", "plain": weights}[damage]
+    )
     with pytest.raises(ValueError, match="not a whole session file; save it again"):
         load_session(path, engine, made_by)
     with pytest.raises(ValueError, match="no such file"):

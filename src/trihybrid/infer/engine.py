@@ -96,8 +96,8 @@ class Engine:
         tokens: tokens that all sequences and snapshots together may store in layers that grow; None grows as needed.
         chunk: most tokens of prompts that one step works on. A longer prompt takes several steps, between which the
             others advance.
-        execution: how a decoding step runs. `eager` launches operator by operator, `compiled` through torch.compile,
-            `graph` replays a CUDA graph of it.
+        execution: how a decoding step runs. `eager` launches operator by operator, `graph` replays a CUDA
+            graph of that, `fused-graph` one whose small operators torch.compile has fused, a minute at the start.
 
     Attributes:
         vocabulary: V.

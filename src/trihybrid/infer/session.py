@@ -1,7 +1,7 @@
 """Sessions: the state of a conversation as a file, to go on elsewhere.
 
-A file is safetensors. Its tensors are those of a snapshot; its metadata is one JSON object, `session`: format, sha256 of
-the model and of the tokenizer, all tokens (the state has seen the first of them), and the messages of a chat.
+A file is safetensors. Its tensors are those of a snapshot; its metadata is one JSON object, `session`: format, sha256
+of the model and of the tokenizer, all tokens (the state has seen the first of them), and the messages of a chat.
 """
 
 import hashlib
@@ -54,7 +54,9 @@ def identity(folder: str | Path, tokenizer: TextTokenizer) -> Identity:
         listed = json.loads((folder / MANIFEST).read_text())["files"]
     digest = hashlib.sha256()
     for name in names:
-        digest.update(f"{name} {listed[name]['sha256'] if name in listed else _sha256(folder / name)}\n".encode())
+        digest.update(
+            f"{name} {listed[name]['sha256'] if name in listed else _sha256(folder / name)}\n".encode()
+        )
     return Identity(digest.hexdigest(), tokenizer.hash)
 
 
@@ -93,7 +95,8 @@ def load_session(path: str | Path, engine: Engine, wanted: Identity) -> Session:
     try:
         with safe_open(str(path), framework="pt") as file:
             record = json.loads((file.metadata() or {})[KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
         seen, tokens = record["tokens"][: record["seen"]], record["tokens"]
         if record["format"] != FORMAT:
             raise ValueError(f"{path}: format {record['format']} of a session; this version reads {FORMAT}")
@@ -107,7 +110,8 @@ def load_session(path: str | Path, engine: Engine, wanted: Identity) -> Session:
     ):
         if ours != theirs:
             raise ValueError(
-                f"{path}: saved with another {name} (sha256 {theirs[:12]}, this one is {ours[:12]}); load it with its own"
+                f"{path}: saved with another {name} (sha256 {theirs[:12]}, this one is {ours[:12]}); load it with its "
+                "own"
             )
     return Session(engine.restore(seen, tensors), tokens, messages)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from trihybrid.infer.network.parts import Norm, Rotary, rotate
-from trihybrid.infer.places import Place
+from trihybrid.infer.network.parts import Joined, Norm, Rotary, Table
+from trihybrid.infer.network.places import Place
 from trihybrid.infer.states import Stored
 from trihybrid.models.anatomy import Anatomy, Attention
 
@@ -47,7 +47,10 @@ class RetainedAttention:
     ) -> None:
         self._module, self._store, self._rotary = module, store, rotary
         self._layer_type, self._width, self._scale = sizes.layer_type, sizes.head_dim, body.score_scale
-        self._keys_are_values = store.own and getattr(module, "v_proj", None) is None
+        names = ["q_proj", *(("k_proj", "v_proj") if store.own else ())]
+        self._inputs = Joined(
+            [getattr(module, name) for name in names if getattr(module, name, None) is not None]
+        )
         plus_one = body.norm == "one_plus_weight"
         normed = body.norm != "none"
         self._q_norm = Norm(module.q_norm, plus_one) if normed else None
@@ -55,26 +58,26 @@ class RetainedAttention:
         self._v_norm = Norm(module.v_norm, plus_one) if body.value_norm and store.own else None
 
     def __call__(self, x_BTD: Tensor, place: Place) -> Tensor:
-        q_BTHN = self._placed(self._heads(self._module.q_proj(x_BTD)), self._q_norm, place)
+        parts = [part.unflatten(-1, (-1, self._width)) for part in self._inputs(x_BTD)]
+        q_BTHN = self._placed(parts[0], self._q_norm, place)
         new = None
         if self._store.own:
-            k_BTGN = self._heads(self._module.k_proj(x_BTD))
-            v_BTGN = k_BTGN if self._keys_are_values else self._heads(self._module.v_proj(x_BTD))
+            # Where values have no projection, the last part is that of the keys.
+            v_BTGN = parts[-1]
             if self._v_norm is not None:
-                v_BTGN = self._v_norm(v_BTGN)
-            new = self._placed(k_BTGN, self._k_norm, place), v_BTGN
+                v_BTGN = place.fusion.normed(v_BTGN, self._v_norm.weight, self._v_norm.epsilon)
+            new = self._placed(parts[1], self._k_norm, place), v_BTGN
         attend = place.window if self._store.ring else place.whole
         return self._module.o_proj(attend(self._store.stored, q_BTHN, new, self._scale).flatten(-2))
 
-    def _heads(self, x_BTC: Tensor) -> Tensor:
-        return x_BTC.unflatten(-1, (-1, self._width))
-
     def _placed(self, x_BTHN: Tensor, norm: Norm | None, place: Place) -> Tensor:
-        if norm is not None:
-            x_BTHN = norm(x_BTHN)
+        weight, epsilon = (None, 0.0) if norm is None else (norm.weight, norm.epsilon)
+        return place.fusion.placed(x_BTHN, weight, epsilon, self._table(x_BTHN, place))
+
+    def _table(self, x_BTHN: Tensor, place: Place) -> Table | None:
         if self._rotary is None:
-            return x_BTHN
+            return None
         if self._layer_type not in place.rotary:
             table = self._rotary.table(place.span.positions_BT, x_BTHN.dtype)
             place.rotary[self._layer_type] = table
-        return rotate(x_BTHN, place.rotary[self._layer_type])
+        return place.rotary[self._layer_type]

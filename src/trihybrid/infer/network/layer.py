@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from trihybrid.infer.network.parts import Norm
-from trihybrid.infer.places import Place
+from trihybrid.infer.network.parts import Joined, Norm
+from trihybrid.infer.network.places import Place
 from trihybrid.models.anatomy import Anatomy
 
 Mix = Callable[[Tensor, Place], Tensor]
@@ -27,9 +27,10 @@ class Layer:
         module: transformers' decoder layer, which lends norms, MLP and what the family has beside.
         mix: what stands between its first norm and the residual stream.
         body: the family's anatomy.
+        activations: type of an activation -> the first of that type, so that all layers call the same.
     """
 
-    def __init__(self, module: Any, mix: Mix, body: Anatomy) -> None:
+    def __init__(self, module: Any, mix: Mix, body: Anatomy, activations: dict[type, Any]) -> None:
         self._module, self._mix = module, mix
         self._norms = {
             name: Norm(child, body.norm == "one_plus_weight")
@@ -41,22 +42,31 @@ class Layer:
         self._experts = getattr(module, "experts", None) is not None
         self._per_layer = hasattr(module, "per_layer_input_gate")
         self._scalar: Tensor | None = getattr(module, "layer_scalar", None)
+        self._dense = hasattr(module.mlp, "gate_proj")
+        if self._dense:
+            self._opening = Joined([module.mlp.gate_proj, module.mlp.up_proj])
+            act = module.mlp.act_fn
+            self._activation = activations.setdefault(type(act), act)
 
     def __call__(self, x_BTD: Tensor, place: Place, input_BTP: Tensor | None) -> Tensor:
-        y_BTD = self._mix(self._norms["input_layernorm"](x_BTD), place)
-        x_BTD = x_BTD + (y_BTD if self._mixed is None else self._mixed(y_BTD))
-        x_BTD = x_BTD + self._feed_forward(x_BTD)
+        y_BTD = self._mix(self._normed("input_layernorm", x_BTD, place), place)
+        x_BTD = _added(x_BTD, y_BTD, self._mixed, place)
+        x_BTD = self._feed_forward(x_BTD, place)
         module = self._module
         if self._per_layer:
-            gate_BTP = module.act_fn(module.per_layer_input_gate(x_BTD)) * input_BTP
-            x_BTD = x_BTD + self._norms["post_per_layer_input_norm"](module.per_layer_projection(gate_BTP))
+            assert input_BTP is not None
+            gate_BTP = place.fusion.gated(module.per_layer_input_gate(x_BTD), input_BTP, self._activation)
+            y_BTD = module.per_layer_projection(gate_BTP)
+            x_BTD = _added(x_BTD, y_BTD, self._norms["post_per_layer_input_norm"], place)
         return x_BTD if self._scalar is None else x_BTD * self._scalar
 
-    def _feed_forward(self, x_BTD: Tensor) -> Tensor:
+    def _feed_forward(self, x_BTD: Tensor, place: Place) -> Tensor:
+        """The stream behind the MLP or the experts."""
         module, norms = self._module, self._norms
         if not self._inner:
-            return module.mlp(norms["post_attention_layernorm"](x_BTD))
-        y_BTD = module.mlp(norms["pre_feedforward_layernorm"](x_BTD))
+            y_BTD = self._mlp(self._normed("post_attention_layernorm", x_BTD, place), place)
+            return x_BTD + y_BTD
+        y_BTD = self._mlp(self._normed("pre_feedforward_layernorm", x_BTD, place), place)
         if self._experts:
             flat_ED = x_BTD.flatten(0, 1)
             _, weights, chosen = module.router(flat_ED)
@@ -64,4 +74,21 @@ class Layer:
             y_BTD = norms["post_feedforward_layernorm_1"](y_BTD) + norms["post_feedforward_layernorm_2"](
                 mixed_ED.view(x_BTD.shape)
             )
-        return norms["post_feedforward_layernorm"](y_BTD)
+        return _added(x_BTD, y_BTD, norms["post_feedforward_layernorm"], place)
+
+    def _mlp(self, x_BTD: Tensor, place: Place) -> Tensor:
+        mlp = self._module.mlp
+        if not self._dense:
+            return mlp(x_BTD)
+        gate, up = self._opening(x_BTD)
+        return mlp.down_proj(place.fusion.gated(gate, up, self._activation))
+
+    def _normed(self, name: str, x_BTD: Tensor, place: Place) -> Tensor:
+        norm = self._norms[name]
+        return place.fusion.normed(x_BTD, norm.weight, norm.epsilon)
+
+
+def _added(x_BTD: Tensor, y_BTD: Tensor, norm: Norm | None, place: Place) -> Tensor:
+    if norm is None:
+        return x_BTD + y_BTD
+    return place.fusion.added(x_BTD, y_BTD, norm.weight, norm.epsilon)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from trihybrid.infer.network.attention import Store
-from trihybrid.infer.places import Place
+from trihybrid.infer.network.places import Place
 from trihybrid.mixers.rwkv7 import Rwkv7
 from trihybrid.mixers.tica import Tica
 
@@ -25,7 +25,7 @@ class SlotMixers:
         y_BTD = None
         if self._rwkv7 is not None:
             assert self._matrix is not None
-            operands = self._rwkv7.operands(x_BTD, place.span, place.shared)
+            operands = self._rwkv7.operands(x_BTD, place.span, place.shared, place.fusion.prepared)
             o_BTHN = place.recur(self._matrix, operands, self._rwkv7.backend)
             y_BTD = self._rwkv7.output(self._rwkv7.reads(o_BTHN, operands) * operands.gate_BTC)
         if self._tica is not None:

@@ -16,14 +16,16 @@ from trihybrid.infer.network.attention import RetainedAttention, Store
 from trihybrid.infer.network.inputs import PerLayerInputs
 from trihybrid.infer.network.layer import Layer, Mix
 from trihybrid.infer.network.mixers import SlotMixers
-from trihybrid.infer.network.parts import Norm, Rotary
-from trihybrid.infer.places import Chunk, Place, Turn
+from trihybrid.infer.network.parts import Fusion, Norm, Rotary
+from trihybrid.infer.network.places import Chunk, Place, Turn
 from trihybrid.infer.states import States, StateShape
 from trihybrid.mixers.contract import Mixer
 from trihybrid.models.anatomy import anatomy
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.pattern import Slot
 from trihybrid.ops.divergence import softcap
+
+PLAIN = Fusion()
 
 
 class Network:
@@ -65,8 +67,9 @@ class Network:
             for attention, slot in zip(self._body.attentions, self._slots, strict=True)
             if not slot.converted and not self._nope
         }
+        activations: dict[type, Any] = {}
         self._layers = [
-            Layer(module, self._mix(index, module.self_attn, rotary), self._body)
+            Layer(module, self._mix(index, module.self_attn, rotary), self._body, activations)
             for index, module in enumerate(self._decoder.layers)
         ]
 
@@ -106,18 +109,19 @@ class Network:
             x_B1D = self._run(ids_BT[:, -1:], embedded_B1D, x_B1D, chunk.last(), *last)
         return self._head(x_B1D)[0]
 
-    def decode(self, ids_B: Tensor, positions_B: Tensor, table_BM: Tensor) -> Tensor:
+    def decode(self, ids_B: Tensor, positions_B: Tensor, table_BM: Tensor, fusion: Fusion = PLAIN) -> Tensor:
         """Let the sequences in rows 0 to B - 1 read one token each: a function of tensors, to be recorded.
 
         Args:
             ids_B: int64, the tokens.
             positions_B: int64, how many tokens each sequence has seen.
             table_BM: int64, their pages in order; entries behind their length name any page.
+            fusion: what stands between the matrix products.
 
         Returns:
             logits [B, V], float32 (float64 in a float64 model).
         """
-        turn = Turn(0, positions_B[:, None], table_BM, self.states.length)
+        turn = Turn(0, positions_B[:, None], table_BM, self.states.length, fusion)
         ids_B1 = ids_B[:, None]
         x_B1D = self._decoder.embed_tokens(ids_B1)
         return self._head(self._run(ids_B1, x_B1D, x_B1D, turn, 0, len(self._layers)))

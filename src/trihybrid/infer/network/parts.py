@@ -1,4 +1,4 @@
-"""Norms and rotations of transformers' modules, as few operators.
+"""What stands between the matrix products, as functions of tensors that `Fusion` can let torch.compile fuse.
 
     norm:    x / sqrt(mean(x^2) + eps) * w       w the weight, 1 + weight in Gemma 3, nothing for Gemma 4's values
     rotate:  x cos + (halves of x exchanged) sin, the sine of the first half negated
@@ -6,13 +6,18 @@
 Legend: B batch, T tokens, H heads, N head width.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
+from torch.nn.functional import linear, rms_norm
+
+from trihybrid.mixers.rwkv7 import Prepare, prepared
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
+Table = tuple[Tensor, Tensor]
 
 
 class Norm:
@@ -25,11 +30,103 @@ class Norm:
 
     def __init__(self, module: Any, plus_one: bool) -> None:
         weight = getattr(module, "weight", None)
-        self._epsilon: float = module.eps if hasattr(module, "eps") else module.variance_epsilon
-        self._weight = weight + 1 if plus_one and weight is not None else weight
+        self.epsilon: float = module.eps if hasattr(module, "eps") else module.variance_epsilon
+        # A sum with one would lose digits in half precision.
+        self.weight = weight.float() + 1 if plus_one and weight is not None else weight
+        if plus_one and weight is not None and weight.dtype == torch.float64:
+            self.weight = weight + 1
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, (x.shape[-1],), self._weight, self._epsilon)
+        return normed(x, self.weight, self.epsilon)
+
+
+def normed(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    """x behind a norm."""
+    if weight is not None and weight.dtype != x.dtype:
+        return rms_norm(x.to(weight.dtype), (x.shape[-1],), weight, epsilon).to(x.dtype)
+    if x.is_cuda:
+        return rms_norm(x, (x.shape[-1],), weight, epsilon)
+    # The same on a CPU, where torch's own takes twice the time.
+    half = x.dtype.itemsize < 4
+    wide = x.float() if half else x
+    root = torch.linalg.vecdot(wide, wide).mul_(1 / x.shape[-1]).add_(epsilon).rsqrt_()
+    y = wide * root.unsqueeze(-1)
+    if weight is not None:
+        y = y * weight
+    return y.to(x.dtype) if half else y
+
+
+def added(x: Tensor, y: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    """x + y, y behind a norm where there is a weight."""
+    return x + (y if weight is None else normed(y, weight, epsilon))
+
+
+def placed(x_BTHN: Tensor, weight: Tensor | None, epsilon: float, table: Table | None) -> Tensor:
+    """Heads behind their norm, where there is a weight, and their rotation, where there is a table."""
+    if weight is not None:
+        x_BTHN = normed(x_BTHN, weight, epsilon)
+    return x_BTHN if table is None else rotate(x_BTHN, table)
+
+
+def gated(gate: Tensor, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """activation(gate) x."""
+    return activation(gate) * x
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """The functions above, plain or compiled: each is a kernel or a few instead of one an operator.
+
+    Attributes:
+        normed, added, placed, gated: as above.
+        prepared: of `mixers.rwkv7`.
+    """
+
+    normed: Callable[[Tensor, Tensor | None, float], Tensor] = normed
+    added: Callable[[Tensor, Tensor, Tensor | None, float], Tensor] = added
+    placed: Callable[[Tensor, Tensor | None, float, Table | None], Tensor] = placed
+    gated: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor] = gated
+    prepared: Prepare = prepared
+
+    @classmethod
+    def compiled(cls) -> "Fusion":
+        """All through torch.compile, anew for each shape: more of them than torch would compile unasked."""
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+
+        def fuse(function: Callable) -> Any:
+            return torch.compile(function, dynamic=False)
+
+        return cls(fuse(normed), fuse(added), fuse(placed), fuse(gated), fuse(prepared))
+
+
+class Joined:
+    """Linear maps of one input as a single product. Their weights become views of one tensor, so that nothing is held
+    twice; maps of other kinds (quantised ones) are left as they are.
+
+    Args:
+        modules: the maps, with biases in all or none.
+    """
+
+    def __init__(self, modules: list[Any]) -> None:
+        self._modules, self._weight, self._bias = modules, None, None
+        if len(modules) < 2 or not all(_plain(module) for module in modules):
+            return
+        self._sizes = [module.weight.shape[0] for module in modules]
+        with torch.no_grad():
+            self._weight = torch.cat([module.weight for module in modules])
+            biases = [module.bias for module in modules if module.bias is not None]
+            self._bias = torch.cat(biases) if biases else None
+        for module, part in zip(modules, self._weight.split(self._sizes), strict=True):
+            module.weight = nn.Parameter(part, requires_grad=False)
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        if self._weight is None:
+            return [module(x) for module in self._modules]
+        return list(linear(x, self._weight, self._bias).split(self._sizes, -1))
+
+
+def _plain(module: Any) -> bool:
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
 
 
 class Rotary:
@@ -57,14 +154,14 @@ class Rotary:
         self._frequencies: Tensor = getattr(module, f"{prefix}inv_freq").float()
         self._scale: float = getattr(module, f"{prefix}attention_scaling")
 
-    def table(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def table(self, positions_BT: Tensor, dtype: torch.dtype) -> Table:
         """Cosines and signed sines [B, T, 1, N]; angles in float32, as transformers'."""
         angle_BT1F = positions_BT[:, :, None, None].float() * self._frequencies
         cosine, sine = angle_BT1F.cos() * self._scale, angle_BT1F.sin() * self._scale
         return torch.cat([cosine, cosine], -1).to(dtype), torch.cat([-sine, sine], -1).to(dtype)
 
 
-def rotate(x_BTHN: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x_BTHN: Tensor, table: Table) -> Tensor:
     """Heads turned by a `Rotary.table`; pair j is channels j and j + N/2."""
     cosine_BT1N, sine_BT1N = table
     return torch.addcmul(x_BTHN * cosine_BT1N, x_BTHN.roll(x_BTHN.shape[-1] // 2, -1), sine_BT1N)

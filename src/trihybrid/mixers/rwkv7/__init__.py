@@ -4,7 +4,7 @@
 `start` where training starts.
 """
 
-from trihybrid.mixers.rwkv7.mixer import DECAY_FLOOR, Operands, Rwkv7
+from trihybrid.mixers.rwkv7.mixer import DECAY_FLOOR, Operands, Prepare, Rwkv7, prepared
 from trihybrid.mixers.rwkv7.options import Rwkv7Options
 from trihybrid.mixers.rwkv7.revisions import REVISIONS, Revision
 from trihybrid.mixers.rwkv7.start import scaled_orthogonal, write_gate
@@ -13,9 +13,11 @@ __all__ = [
     "DECAY_FLOOR",
     "REVISIONS",
     "Operands",
+    "Prepare",
     "Revision",
     "Rwkv7",
     "Rwkv7Options",
+    "prepared",
     "scaled_orthogonal",
     "write_gate",
 ]

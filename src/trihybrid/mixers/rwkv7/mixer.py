@@ -17,6 +17,7 @@ Legend: B batch, T time, D model width, H heads, G key/value heads, N head width
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -161,8 +162,11 @@ class Rwkv7(Mixer):
         o_BTHN, matrix_BHNN = wkv7(*operands.tokens, before_BHNN, span.reset_BT, self.backend)
         return self.reads(o_BTHN, operands), operands.gate_BTC, RecurrentState(matrix_BHNN)
 
-    def operands(self, x_BTD: Tensor, span: Span, shared: Shared) -> Operands:
-        """All that the recurrence takes of a block of tokens; keys and values are published on the way."""
+    def operands(
+        self, x_BTD: Tensor, span: Span, shared: Shared, prepare: "Prepare | None" = None
+    ) -> Operands:
+        """All that the recurrence takes of a block of tokens; keys and values are published on the way. `prepare` may
+        stand in for `prepared`, as a compiled form of it."""
         options = self.options
         heads = (options.heads, options.head_dim)
         r_BTHN = self._placed("r_norm", self.receptance(x_BTD).unflatten(-1, heads), span, shared)
@@ -171,22 +175,15 @@ class Rwkv7(Mixer):
         # From their pre-activations on, decay and iclr are float32: in bf16 a W near one would lose its distance from
         # one, and a float32 master weight would mean something else than the bf16 weight that it is saved as.
         z_BTD = x_BTD if options.lora_input == "input" else r_BTHN.flatten(-2).to(x_BTD.dtype)
-        u_BTHN = (self.w0 + _wide(low_rank(z_BTD, self.w1, self.w2, torch.tanh))).unflatten(-1, heads)
-        log_w_BTHN = DECAY_FLOOR * torch.sigmoid(u_BTHN)
-        a_BTHN = torch.sigmoid(self.a0 + _wide(low_rank(z_BTD, self.a1, self.a2))).unflatten(-1, heads)
+        decay_BTC = low_rank(z_BTD, self.w1, self.w2, torch.tanh)
+        iclr_BTC = low_rank(z_BTD, self.a1, self.a2)
         g_BTC = low_rank(z_BTD, self.g1, self.g2, torch.sigmoid)
-
-        repeats = options.heads // options.kv_heads
-        k_BTHN = _wide(k_BTGN).repeat_interleave(repeats, 2)
-        v_BTHN = v_BTGN.repeat_interleave(repeats, 2)
+        log_w_BTHN, k_BTHN, v_BTHN, kk_BTHN, a_BTHN = (prepare or prepared)(
+            decay_BTC, iclr_BTC, self.w0, self.a0, k_BTGN, v_BTGN, heads, options.key_scale == "decay"
+        )
         if options.value_lora_rank:
             added_BTC = options.value_lora_factor * _wide(low_rank(x_BTD, self.dv1, self.dv2))
             v_BTHN = (v_BTHN + added_BTC.unflatten(-1, heads)).to(x_BTD.dtype)
-        kk_BTHN = k_BTHN / (k_BTHN.norm(dim=-1, keepdim=True) + 1e-12)
-        if options.key_scale == "decay":
-            k_BTHN = k_BTHN * (1 - log_w_BTHN.exp() + a_BTHN)
-        else:
-            k_BTHN = k_BTHN * (1.5 - nn.functional.logsigmoid(u_BTHN) + a_BTHN)  # l = log sigmoid(u) - 1/2
         if span.valid_BT is not None:
             # Padding is the identity token: it neither decays the state nor writes to it.
             valid_BT11 = span.valid_BT[:, :, None, None]
@@ -284,6 +281,39 @@ class Rwkv7(Mixer):
         # updates are elementwise (5 more operations an element of S) and, like norms, softmax and the bonus, not
         # counted.
         return Cost(2 * products + 4 * matrix, 4 * matrix, 2 * weights + 4 * matrix)
+
+
+Prepare = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, tuple[int, int], bool],
+    tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+]
+
+
+def prepared(
+    decay_BTC: Tensor,
+    iclr_BTC: Tensor,
+    w0_C: Tensor,
+    a0_C: Tensor,
+    k_BTGN: Tensor,
+    v_BTGN: Tensor,
+    heads: tuple[int, int],
+    by_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """log W, scaled keys, values, kk and a, [B, T, H, N], of what the low-rank products and projections gave.
+
+    `heads` is (H, N); `by_decay` says how keys are scaled, see `Rwkv7Options.key_scale`."""
+    u_BTHN = (w0_C + _wide(decay_BTC)).unflatten(-1, heads)
+    log_w_BTHN = DECAY_FLOOR * torch.sigmoid(u_BTHN)
+    a_BTHN = torch.sigmoid(a0_C + _wide(iclr_BTC)).unflatten(-1, heads)
+    repeats = heads[0] // k_BTGN.shape[2]
+    k_BTHN = _wide(k_BTGN).repeat_interleave(repeats, 2)
+    v_BTHN = v_BTGN.repeat_interleave(repeats, 2)
+    kk_BTHN = k_BTHN / (k_BTHN.norm(dim=-1, keepdim=True) + 1e-12)
+    if by_decay:
+        k_BTHN = k_BTHN * (1 - log_w_BTHN.exp() + a_BTHN)
+    else:
+        k_BTHN = k_BTHN * (1.5 - nn.functional.logsigmoid(u_BTHN) + a_BTHN)  # l = log sigmoid(u) - 1/2
+    return log_w_BTHN, k_BTHN, v_BTHN, kk_BTHN, a_BTHN
 
 
 def _residual(own_BTGN: Tensor, first_BTGN: Tensor, zero: Tensor, product: Tensor) -> Tensor:

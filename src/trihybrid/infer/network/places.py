@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trihybrid.infer.network.parts import Fusion
 from trihybrid.infer.states import Stored
 from trihybrid.mixers.contract import Shared
 from trihybrid.mixers.rwkv7 import Operands
@@ -32,7 +33,10 @@ class Place(Protocol):
         span: positions, for the mixers.
         shared: what the mixers publish for each other.
         rotary: layer type -> cosines and sines, as the first layer of that type has made them.
+        fusion: what stands between the matrix products.
     """
+
+    fusion: Fusion
 
     span: Span
     shared: Shared
@@ -59,9 +63,14 @@ class Turn:
         first: the row of the first sequence; those of the others follow.
         positions_B1: int64, how many tokens each has seen.
         table_BM: int64, its pages; entries behind its length name any page.
+        length: tokens of a page.
+        fusion: see `Place`.
     """
 
-    def __init__(self, first: int, positions_B1: Tensor, table_BM: Tensor, length: int) -> None:
+    def __init__(
+        self, first: int, positions_B1: Tensor, table_BM: Tensor, length: int, fusion: Fusion
+    ) -> None:
+        self.fusion = fusion
         self.span, self.shared = Span(positions_B1), Shared()
         self.rotary: dict[str, KeysValues] = {}
         self._rows = slice(first, first + positions_B1.shape[0])
@@ -69,26 +78,37 @@ class Turn:
         self._positions_B = positions_B1[:, 0]
         self._lengths_B = self._positions_B + 1
         self._line_B = torch.arange(positions_B1.shape[0], device=positions_B1.device)
+        # Window, or 0 for pages -> place of the new token, length, and which tokens of a line that covers.
+        self._lines: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._page_B = table_BM.gather(1, positions_B1 // length)[:, 0]
         self._place_B = self._positions_B % length
 
     def window(self, ring: Stored, q_BTHN: Tensor, new: KeysValues | None, scale: float) -> Tensor:
         k_BWGN, v_BWGN = ring.keys[self._rows], ring.values[self._rows]
         window = k_BWGN.shape[1]
+        if window not in self._lines:
+            lengths_B = self._lengths_B.clamp(max=window)
+            self._lines[window] = self._positions_B % window, lengths_B, self._seen(window, lengths_B)
+        place_B, lengths_B, seen_BW = self._lines[window]
         if new is not None:
-            place_B = self._positions_B % window
             k_BWGN[self._line_B, place_B], v_BWGN[self._line_B, place_B] = new[0][:, 0], new[1][:, 0]
-        lengths_B = self._lengths_B.clamp(max=window)
-        return decode_attention(q_BTHN[:, 0], k_BWGN, v_BWGN, lengths_B, scale)[:, None]
+        return decode_attention(q_BTHN[:, 0], k_BWGN, v_BWGN, lengths_B, scale, seen_BW)[:, None]
 
     def whole(self, pages: Stored, q_BTHN: Tensor, new: KeysValues | None, scale: float) -> Tensor:
         if new is not None:
             pages.keys[self._page_B, self._place_B] = new[0][:, 0]
             pages.values[self._page_B, self._place_B] = new[1][:, 0]
+        if 0 not in self._lines:
+            width = self._table_BM.shape[1] * pages.keys.shape[1]
+            self._lines[0] = self._place_B, self._lengths_B, self._seen(width, self._lengths_B)
+        _, lengths_B, seen_BS = self._lines[0]
         o_BHN = paged_attention(
-            q_BTHN[:, 0], pages.keys, pages.values, self._table_BM, self._lengths_B, scale
+            q_BTHN[:, 0], pages.keys, pages.values, self._table_BM, lengths_B, scale, seen_BS
         )
         return o_BHN[:, None]
+
+    def _seen(self, width: int, lengths_B: Tensor) -> Tensor:
+        return torch.arange(width, device=lengths_B.device) < lengths_B[:, None]
 
     def recur(self, matrix: Tensor, operands: Operands, backend: str | None) -> Tensor:
         return wkv7_step_(*operands.tokens, matrix[self._rows])
@@ -102,17 +122,23 @@ class Chunk:
         start: tokens that its states have seen.
         tokens: T, at least 1.
         pages: its pages, in order; enough for all tokens up to the end of the chunk.
+        length: tokens of a page.
+        device: of the states.
     """
 
     def __init__(
         self, row: int, start: int, tokens: int, pages: list[int], length: int, device: torch.device
     ) -> None:
+        self.fusion = Fusion()
         positions_T = torch.arange(start, start + tokens, device=device)
         self.span, self.shared = Span(positions_T[None], start), Shared()
         self.rotary: dict[str, KeysValues] = {}
         self._row, self._start, self._end = row, start, start + tokens
         self._length = length
         self._pages = pages[: -(-self._end // length)]
+        self._run = (
+            self._pages == list(range(self._pages[0], self._pages[0] + len(self._pages))) if pages else True
+        )
         self._pages_M = torch.tensor(self._pages, dtype=torch.int64, device=device)
         if pages:
             self._page_T, self._place_T = self._pages_M[positions_T // length], positions_T % length
@@ -121,7 +147,7 @@ class Chunk:
     def last(self) -> Turn:
         """The chunk's last token alone, for layers that store nothing: what they read is there already."""
         table_BM = self._pages_M[None] if self._pages else self._pages_M.new_zeros(1, 1)
-        return Turn(self._row, self.span.positions_BT[:, -1:], table_BM, self._length)
+        return Turn(self._row, self.span.positions_BT[:, -1:], table_BM, self._length, self.fusion)
 
     def window(self, ring: Stored, q_BTHN: Tensor, new: KeysValues | None, scale: float) -> Tensor:
         if new is not None:
@@ -150,9 +176,8 @@ class Chunk:
 
     def _read(self, store_PLGN: Tensor) -> Tensor:
         """All tokens up to the chunk's end: a view where its pages are one run, else a copy."""
-        first, count = self._pages[0], len(self._pages)
-        if self._pages == list(range(first, first + count)):
-            dense_MLGN = store_PLGN[first : first + count]
+        if self._run:
+            dense_MLGN = store_PLGN[self._pages[0] : self._pages[0] + len(self._pages)]
         else:
             dense_MLGN = store_PLGN[self._pages_M]
         return dense_MLGN.flatten(0, 1)[None, : self._end]

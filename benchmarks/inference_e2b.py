@@ -1,0 +1,465 @@
+"""Inference at Gemma-4 E2B's true shape: student and teacher in our engine, and the teacher in transformers.
+
+    python benchmarks/inference_e2b.py [--seconds 230] [--parts student,teacher,peer] [--long] [--json FOLDER]
+    python benchmarks/inference_e2b.py --tiny        the same in small, on the CPU: a rehearsal
+
+Weights are random and made on the device; the student is the plan of the model card. One row a measurement, printed as
+JSON when it is there: decoding at batch 1 behind 4,096 and 131,072 tokens and at batch 64 behind 8,192, in
+milliseconds a step (medians, the host's share and the choice of a token included); prefill of as many tokens at batch
+1; with --long, 1,000,000 tokens of context. `extra_GiB` is the peak of memory above what is held before: weights and
+states. `limit` of a decoding step is what its bytes alone would take at the rate of a copy in the same run: every
+weight but the per-layer table once, keys and values once, recurrences and rings twice. What does not fit into --seconds
+is left out, with a row that says so. The peer runs in a process of its own: transformers' static cache and compiled
+step, and its dynamic cache for prefill. Exits with 1 when a row breaks a target.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig, PreTrainedModel, StaticCache
+
+from trihybrid.infer.engine import Engine, Execution, Snapshot
+from trihybrid.models.cache import CACHE
+from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
+from trihybrid.models.shapes import load_shape
+from trihybrid.surgery.layout import student_config
+from trihybrid.surgery.section import SurgerySection
+
+Row = dict[str, Any]
+PARTS = ("student", "teacher", "peer")
+STEPS = 48
+TARGETS = {
+    ("student", "decode", 1, 4096): 2.2,
+    ("student", "decode", 1, 131_072): 2.6,
+    ("student", "decode", 64, 8192): 64 / 9.0,
+    ("student", "prefill", 1, 4096): 85_000.0,
+    ("student", "prefill", 1, 131_072): 50_000.0,
+}
+"""Milliseconds a step at most, prefilled tokens a second at least."""
+EXTRA_GIB = 4.0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of a run: contexts at batch 1, the batch and its context, the long context, tokens of a chunk."""
+
+    device: str
+    contexts: tuple[int, ...]
+    batch: int
+    batch_context: int
+    long: int
+    chunk: int
+    executions: tuple[Execution, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
+
+
+TRUE = Scale("cuda", (4096, 131_072), 64, 8192, 1_000_000, 4096, ("graph", "fused-graph"))
+TINY = Scale("cpu", (64, 256), 4, 96, 600, 64, ("eager",))
+
+
+def main() -> int:
+    """Run the parts and return the exit code."""
+    parser = argparse.ArgumentParser(description="Inference at E2B's shape beside its peers.")
+    parser.add_argument("--tiny", action="store_true", help="small shapes on the CPU")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--long", action="store_true", help="the long context too")
+    parser.add_argument("--seconds", type=float, default=230.0, help="what does not fit is left out")
+    parser.add_argument("--json", type=Path, metavar="FOLDER", help="write inference_e2b.json there")
+    parser.add_argument("--peer-process", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    scale = TINY if given.tiny else TRUE
+    run = Run(scale, time.monotonic() + given.seconds, given.json)
+    if given.peer_process:
+        measure_peer(run)
+        return 0
+    run.note(limits(scale))
+    parts = given.parts.split(",")
+    for part in ("student", "teacher"):
+        if part in parts:
+            measure_engine(run, part, given.long)
+    if "peer" in parts:
+        watch_peer(run, given.tiny)
+    print(table(run.rows))
+    missed = [row for row in run.rows if row.get("target_met") is False]
+    return 1 if missed else 0
+
+
+class Run:
+    """Rows as they come, and the time that is left.
+
+    Args:
+        scale: of the run.
+        deadline: of time.monotonic().
+        folder: for the rows, or None.
+    """
+
+    def __init__(self, scale: Scale, deadline: float, folder: Path | None) -> None:
+        self.scale, self.deadline, self._folder = scale, deadline, folder
+        self.rows: list[Row] = []
+
+    def note(self, row: Row) -> None:
+        """Print and keep a row, with its targets."""
+        target = TARGETS.get((row.get("model"), row.get("what"), row.get("batch"), row.get("context")))  # type: ignore[arg-type]
+        if target is not None and "value" in row:
+            row["target"] = round(target, 2)
+            row["target_met"] = row["value"] <= target if row["what"] == "decode" else row["value"] >= target
+            if row["what"] == "prefill":
+                row["target_met"] &= row["extra_GiB"] <= EXTRA_GIB
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / "inference_e2b.json").write_text(json.dumps(self.rows, indent=1) + "\n")
+
+    def fits(self, seconds: float, model: str, what: str) -> bool:
+        """Whether so many seconds are left; notes what is left out."""
+        if self.deadline - time.monotonic() >= seconds or self.scale.device == "cpu":
+            return True
+        self.note({"model": model, "what": what, "left_out": f"needs about {seconds:.0f} s, no time left"})
+        return False
+
+
+def limits(scale: Scale) -> Row:
+    """Rates of a copy and of a matrix product on this device."""
+    device, size = scale.device, 8192 if scale.device != "cpu" else 256
+    x = torch.randn(size, size, device=device, dtype=scale.dtype)
+    large = torch.empty(2**30 if device != "cpu" else 2**20, dtype=torch.uint8, device=device)
+    other = torch.empty_like(large)
+    copy = timed(lambda: other.copy_(large), device, 8)
+    product = timed(lambda: x @ x, device, 8)
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    return {
+        "what": "limits",
+        "device": name,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "copy_TBps": float(f"{2 * large.numel() / copy / 1e12:.4g}"),
+        "product_TFLOPs": float(f"{2 * size**3 / product / 1e12:.4g}"),
+    }
+
+
+def timed(call: Callable[[], Any], device: str, count: int) -> float:
+    """Median seconds of a call, after two."""
+    times = []
+    for _ in range(count + 2):
+        synchronise(device)
+        began = time.perf_counter()
+        call()
+        synchronise(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[2:])
+
+
+def synchronise(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def shape(scale: Scale) -> Gemma4TextConfig:
+    """E2B, or the same in small: five sliding and full layers in turns, the upper half with shared keys and values."""
+    if scale.device == "cuda":
+        base: Any = load_shape("gemma-4-e2b")
+        return base
+    return Gemma4TextConfig(
+        vocab_size=128,
+        vocab_size_per_layer_input=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=10,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=16,
+        global_head_dim=32,
+        sliding_window=16,
+        layer_types=[*["sliding_attention"] * 4, "full_attention"] * 2,
+        num_kv_shared_layers=5,
+        use_double_wide_mlp=True,
+        hidden_size_per_layer_input=8,
+        final_logit_softcapping=30.0,
+    )
+
+
+def build(scale: Scale, part: str) -> PreTrainedModel:
+    """Random weights, made where they stay; a student's TICA is not silent."""
+    base = shape(scale)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(scale.dtype)
+    try:
+        with torch.device(scale.device):
+            torch.manual_seed(0)
+            if part == "teacher":
+                return Gemma4ForCausalLM(base).eval()
+            sizes = {"head_dim": 8, "decay_rank": 4, "iclr_rank": 4, "gate_rank": 4}
+            small = {"rwkv7": sizes, "tica": {"heads": 2, "kv_heads": 1, "head_dim": 8, "gate_rank": 4}}
+            layers = base.num_hidden_layers // 5
+            section = SurgerySection.model_validate(
+                {"pattern": f"SSSSR * {layers}"} | (small if scale.device == "cpu" else {})
+            )
+            model = TrihybridGemma4ForCausalLM(student_config(base, section)).eval()
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if name.endswith("tica.o_proj.weight"):
+                        parameter.normal_(std=0.02)
+            return model
+    finally:
+        torch.set_default_dtype(before)
+
+
+def measure_engine(run: Run, part: str, long: bool) -> None:
+    """All rows of one model in our engine."""
+    scale = run.scale
+    began = time.perf_counter()
+    model = build(scale, part)
+    synchronise(scale.device)
+    run.note({"model": part, "what": "build", "seconds": round(time.perf_counter() - began, 1)})
+    for execution in scale.executions:
+        fused = execution == "fused-graph"
+        if fused and not run.fits(40 if part == "student" else 60, part, "decode in fused graphs"):
+            return
+        try:
+            bench = EngineBench(run, part, model, execution)
+            for context in scale.contexts:
+                if run.fits(15 if context < 100_000 else 25, part, f"{context} tokens"):
+                    bench.alone(context, prefill=not fused)
+            if run.fits(25, part, f"batch {scale.batch}"):
+                bench.together()
+            if long and not fused and part == "student" and run.fits(75, part, f"{scale.long} tokens"):
+                bench.alone(scale.long, prefill=True)
+        except (RuntimeError, ValueError) as error:
+            if scale.device == "cpu":
+                raise
+            run.note({"model": part, "what": f"failed ({execution})", "error": str(error)[-600:]})
+        bench = None  # type: ignore[assignment]
+        if scale.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+class EngineBench:
+    """A model in an engine with room for what is asked of it.
+
+    Args:
+        run: takes the rows.
+        part: `student` or `teacher`.
+        model: it.
+        execution: of decoding steps.
+    """
+
+    def __init__(self, run: Run, part: str, model: PreTrainedModel, execution: Execution) -> None:
+        self._run, self._part, self._execution = run, part, execution
+        scale = run.scale
+        room = max(*scale.contexts, scale.long, scale.batch * (scale.batch_context + 128)) + 8192
+        self._engine = Engine(model, rows=scale.batch, tokens=room, chunk=scale.chunk, execution=execution)
+        memory = self._engine.memory()
+        table = getattr(model.model, "embed_tokens_per_layer", None)
+        looked_up = 0 if table is None else table.weight.numel() * table.weight.element_size()
+        # The embedding is the head too, and is read whole once.
+        self._read = memory["weights"] - looked_up
+        self._state, self._token = memory["rows"] // scale.batch, memory["token"]
+        self._copy = run.rows[0]["copy_TBps"] * 1e12
+        self._rows: Row = {"model": part, "execution": execution}
+        # The first chunks compile kernels.
+        self._finish(self._prefill(2 * scale.chunk + 7, 2)[0])
+
+    def _tokens(self, count: int, seed: int = 0) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(3, self._engine.vocabulary, (count,), generator=generator).tolist()
+
+    def _prefill(self, context: int, most: int) -> tuple[int, float]:
+        """A sequence behind its prompt, and the seconds of that."""
+        sequence = self._engine.add(self._tokens(context), most=most)
+        synchronise(self._run.scale.device)
+        began = time.perf_counter()
+        while not self._engine.step():
+            pass
+        synchronise(self._run.scale.device)
+        return sequence, time.perf_counter() - began
+
+    def _finish(self, sequence: int) -> None:
+        self._engine.remove(sequence)
+
+    def _steps(self) -> float:
+        """Milliseconds of a step."""
+        times = []
+        for _ in range(STEPS):
+            began = time.perf_counter()
+            self._engine.step()
+            times.append(time.perf_counter() - began)
+        return 1000 * statistics.median(times[STEPS // 4 :])
+
+    def alone(self, context: int, prefill: bool) -> None:
+        """Rows at batch 1."""
+        cuda = self._run.scale.device == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated() if cuda else 0
+        sequence, seconds = self._prefill(context, STEPS + 2)
+        extra = (torch.cuda.max_memory_allocated() - held) / 2**30 if cuda else 0.0
+        if prefill:
+            self._run.note(
+                self._rows
+                | {
+                    "what": "prefill", "batch": 1, "context": context, "value": round(context / seconds, 1),
+                    "unit": "tokens/s", "extra_GiB": round(extra, 3),
+                }
+            )  # fmt: skip
+        value = self._steps()
+        self._finish(sequence)
+        self._note_decode(1, context, value)
+
+    def together(self) -> None:
+        """The row of the batch: the state of one prompt, copied into pages of its own for each."""
+        scale, engine = self._run.scale, self._engine
+        first, _ = self._prefill(scale.batch_context, 1)
+        source = engine.snapshot(first)
+        self._finish(first)
+        tensors, copies = engine.export(source), [source]
+        sequences = []
+        for place in range(scale.batch):
+            if place:
+                copies.append(engine.restore(source.tokens, tensors))
+            prompt = [*source.tokens, self._tokens(1, place)[0]]
+            sequences.append(engine.add(prompt, most=STEPS + 2, prefix=copies[place]))
+        value = self._steps()
+        self._clear(sequences, copies)
+        self._note_decode(scale.batch, scale.batch_context, value)
+
+    def _clear(self, sequences: list[int], copies: list[Snapshot]) -> None:
+        for sequence in sequences:
+            self._engine.remove(sequence)
+        for copy in copies:
+            self._engine.release(copy)
+
+    def _note_decode(self, batch: int, context: int, value: float) -> None:
+        # States of recurrences are written too; rings are a tenth of them.
+        states = batch * (2 * self._state + context * self._token)
+        self._run.note(
+            self._rows
+            | {
+                "what": "decode", "batch": batch, "context": context, "value": round(value, 3), "unit": "ms/step",
+                "tokens_per_s": round(1000 * batch / value, 1),
+                "limit": round(1000 * (self._read + states) / self._copy, 3),
+                "weights_GB": round(self._read / 1e9, 3), "states_GB": round(states / 1e9, 3),
+            }
+        )  # fmt: skip
+
+
+def watch_peer(run: Run, tiny: bool) -> None:
+    """Run the peer in a process of its own, for as long as there is time; keeps the rows that it prints."""
+    if not run.fits(40, "transformers", "all"):
+        return
+    if run.scale.device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+    left = run.deadline - time.monotonic()
+    command = [
+        sys.executable,
+        __file__,
+        "--peer-process",
+        "--seconds",
+        str(left),
+        *(["--tiny"] if tiny else []),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        output, _ = process.communicate(timeout=None if tiny else left)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        output += json.dumps({"model": "transformers", "what": "rest", "left_out": "stopped, no time left"})
+    for line in output.splitlines():
+        if line.startswith("{"):
+            run.note(json.loads(line))
+
+
+def measure_peer(run: Run) -> None:
+    """The teacher in transformers: prefill at its default, decoding with a static cache and a compiled step."""
+    scale = run.scale
+    model = build(scale, "teacher")
+    generator = torch.Generator().manual_seed(0)
+    longest = max(scale.contexts)
+    ids = torch.randint(3, shape(scale).vocab_size, (1, longest), generator=generator).to(scale.device)
+    named = {"model": "transformers", "execution": "static cache, compiled step"}
+    with torch.inference_mode():
+        for context in scale.contexts:
+            if scale.device == "cuda":
+                model(ids[:, :context], use_cache=True, logits_to_keep=1)
+                torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated() if scale.device == "cuda" else 0
+            synchronise(scale.device)
+            began = time.perf_counter()
+            cache = model(ids[:, :context], use_cache=True, logits_to_keep=1)[CACHE]
+            synchronise(scale.device)
+            seconds = time.perf_counter() - began
+            extra = (torch.cuda.max_memory_allocated() - held) / 2**30 if scale.device == "cuda" else 0.0
+            row = {
+                "model": "transformers", "execution": "default", "what": "prefill", "batch": 1,
+                "context": context, "value": round(context / seconds, 1), "unit": "tokens/s",
+                "extra_GiB": round(extra, 3),
+            }  # fmt: skip
+            run.note(row)
+            step = timed(lambda cache=cache: model(ids[:, :1], **{CACHE: cache}), scale.device, 12)
+            run.note(named | {"execution": "eager loop", **decode_row(context, step)})
+            del cache
+        for context in scale.contexts:
+            if not run.fits(30, "transformers", f"compiled, {context} tokens"):
+                return
+            cache = StaticCache(config=model.config, max_cache_len=context + 64)
+            model(ids[:, :context], **{CACHE: cache}, logits_to_keep=1)
+            step = model.forward
+            if scale.device == "cuda":
+                step = torch.compile(model.forward, mode="reduce-overhead", dynamic=False)
+            position = torch.tensor([[context]], device=scale.device)
+
+            def call(step: Any = step, position: Any = position, cache: Any = cache) -> int:
+                output = step(input_ids=ids[:, :1], position_ids=position, **{CACHE: cache})
+                return int(output.logits[0, -1].argmax())
+
+            run.note(named | decode_row(context, timed(call, scale.device, 24)))
+            del cache
+
+
+def decode_row(context: int, seconds: float) -> Row:
+    """What a row of decoding at batch 1 says beside its model."""
+    return {
+        "what": "decode", "batch": 1, "context": context, "value": round(1000 * seconds, 3), "unit": "ms/step",
+        "tokens_per_s": round(1 / seconds, 1),
+    }  # fmt: skip
+
+
+def table(rows: list[Row]) -> str:
+    """The measured rows as a table."""
+    lines = [
+        "| model | execution | what | batch | context | value | limit | extra GiB | target |",
+        "|---" * 9 + "|",
+    ]
+    for row in rows:
+        if "value" in row:
+            target = (
+                "" if "target" not in row else f"{row['target']} {'met' if row['target_met'] else 'MISSED'}"
+            )
+            lines.append(
+                f"| {row['model']} | {row['execution']} | {row['what']} | {row['batch']} | {row['context']:,} "
+                f"| {row['value']:,} {row['unit']} | {row.get('limit', '')} | {row.get('extra_GiB', '')} | {target} |"
+            )
+        elif "left_out" in row or "error" in row:
+            lines.append(f"| {row['model']} | | {row['what']} | {row.get('left_out', row.get('error'))} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
