@@ -13,13 +13,13 @@ from typing import Any
 import openai
 from prometheus_client.parser import text_string_to_metric_families
 
+from trihybrid.data.tokens import Tokenizer
+from trihybrid.infer.chat import end_tokens
 from trihybrid.infer.engine import Engine
-from trihybrid.infer.server.app import make_app
 from trihybrid.infer.server.limits import Limits
-from trihybrid.infer.server.metrics import Metrics
 from trihybrid.infer.server.process import Server, bind
-from trihybrid.infer.server.scheduler import Scheduler
 from trihybrid.infer.server.served import Served
+from trihybrid.infer.server.start import assemble
 from trihybrid.models.checkpoint import load_model
 
 NAME = "tiny"
@@ -44,13 +44,21 @@ class Gate:
         return getattr(self.engine, name)
 
 
+class Clock:
+    """Stands still but for a test that moves it."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class Running:
     """A server in this process."""
 
-    def __init__(self, server: Server, scheduler: Scheduler, gate: Gate, port: int) -> None:
-        self.server, self.scheduler, self.gate, self.port = server, scheduler, gate, port
-        self.now = 0.0
-        self.key: str | None = None
+    def __init__(self, server: Server, gate: Gate, clock: Clock, port: int, key: str | None) -> None:
+        self.server, self.gate, self.clock, self.port, self.key = server, gate, clock, port, key
+        self.scheduler = server.scheduler
 
     def client(self, **options: Any) -> openai.OpenAI:
         """OpenAI's client, which tries once."""
@@ -105,29 +113,19 @@ def wait(condition: Callable[[], bool]) -> None:
 
 @contextmanager
 def run(folder: Path, *, key: str | None = None, grace: float = PATIENCE, **limits: Any) -> Iterator[Running]:
-    """A server whose clock stands at `Running.now`."""
+    """A server whose clock stands still."""
     bounds = Limits(**({"rows": 2, "queue": 2, "context": 512, "seconds": 60} | limits))
-    model = load_model(folder)
+    model, tokenizer = load_model(folder), Tokenizer.from_file(folder)
     gate = Gate(Engine(model, rows=bounds.rows, chunk=16))
     gate.open.set()
-    metrics = Metrics()
-    listening = bind("127.0.0.1", 0)
-    holder: list[Running] = []
+    ends = frozenset(end_tokens(model, tokenizer))
+    served = Served(folder, tokenizer, gate.engine.vocabulary, ends, NAME, bounds)
+    clock = Clock()
     with (
-        listening,
-        closing(Served(folder, model, gate.vocabulary, NAME, bounds)) as served,
-        Scheduler(
-            gate,  # type: ignore[arg-type]
-            served.tokenizer,
-            bounds,
-            metrics,
-            clock=lambda: holder[0].now if holder else 0.0,
-        ) as scheduler,
+        bind("127.0.0.1", 0) as listening,
+        assemble(gate, served, key, grace, clock) as server,  # type: ignore[arg-type]
     ):
-        server = Server(make_app(served, scheduler, bounds, metrics, key), scheduler, grace)
-        running = Running(server, scheduler, gate, listening.getsockname()[1])
-        running.key = key
-        holder.append(running)
+        running = Running(server, gate, clock, listening.getsockname()[1], key)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         wait(lambda: server.started)

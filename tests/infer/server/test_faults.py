@@ -228,7 +228,7 @@ def test_time_runs_out_in_the_queue_and_on_the_way(served_folder: Path) -> None:
         waiting = pool.submit(running.ask)
         running.until("trihybrid_waiting", 1)
         running.gate.open.clear()
-        running.now = 7.0
+        running.clock.now = 7.0
         running.gate.open.set()
         status, code, message = error(whole.result())
         assert (status, code) == (408, "request_timeout")

@@ -17,9 +17,7 @@ def end(running: Running) -> None:
     wait(lambda: running.scheduler.closed is not None)
 
 
-def test_what_runs_finishes_and_what_waits_is_refused(
-    served_folder: Path, alone: Callable[..., str]
-) -> None:
+def test_what_runs_finishes_and_what_waits_is_refused(served_folder: Path, alone: Callable[..., str]) -> None:
     with (
         run(served_folder, rows=1, queue=4) as running,
         ThreadPoolExecutor(2) as pool,
@@ -52,7 +50,7 @@ def test_what_is_too_long_is_ended_with_an_error(served_folder: Path) -> None:
         assert answer.status == 200 and answer.readline().startswith(b"data: ")
         end(running)
         running.gate.open.clear()
-        running.now = 9.0
+        running.clock.now = 9.0
         running.gate.open.set()
         lines = [line for line in answer.read().decode().splitlines() if line]
         assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"

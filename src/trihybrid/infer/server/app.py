@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from trihybrid.infer.server.answers import ChatAnswer, TextAnswer, usage
 from trihybrid.infer.server.event_stream import EventStream
 from trihybrid.infer.server.intake import read_body, while_connected
-from trihybrid.infer.server.limits import Limits, Refusal
+from trihybrid.infer.server.limits import Refusal
 from trihybrid.infer.server.metrics import Metrics
 from trihybrid.infer.server.protocol import ChatRequest, CompletionRequest, read
 from trihybrid.infer.server.scheduler import Scheduler, Ticket
@@ -24,19 +24,16 @@ from trihybrid.infer.server.served import Served
 GONE = 499
 
 
-def make_app(
-    served: Served, scheduler: Scheduler, limits: Limits, metrics: Metrics, key: str | None = None
-) -> Starlette:
+def make_app(served: Served, scheduler: Scheduler, metrics: Metrics, key: str | None = None) -> Starlette:
     """The ASGI application.
 
     Args:
         served: the model.
         scheduler: which works.
-        limits: of requests.
         metrics: which count.
         key: what clients must send as `Authorization: Bearer KEY` to use /v1; None lets everybody.
     """
-    endpoints = _Endpoints(served, scheduler, limits, metrics)
+    endpoints = _Endpoints(served, scheduler, metrics)
     return Starlette(
         routes=[
             Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
@@ -57,8 +54,9 @@ def make_app(
 
 
 class _Endpoints:
-    def __init__(self, served: Served, scheduler: Scheduler, limits: Limits, metrics: Metrics) -> None:
-        self._served, self._scheduler, self._limits, self._metrics = served, scheduler, limits, metrics
+    def __init__(self, served: Served, scheduler: Scheduler, metrics: Metrics) -> None:
+        self._served, self._scheduler, self._metrics = served, scheduler, metrics
+        self._limits = served.limits
         self._started = int(time.time())
 
     async def chat(self, request: Request) -> Response:

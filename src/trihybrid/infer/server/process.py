@@ -25,6 +25,9 @@ class Server(uvicorn.Server):
         app: the application.
         scheduler: which it submits to.
         grace: seconds.
+
+    Attributes:
+        scheduler: as given.
     """
 
     should_exit: bool
@@ -43,7 +46,7 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=int(grace) + MARGIN,
         )
         super().__init__(config)
-        self._scheduler, self._grace = scheduler, grace
+        self.scheduler, self._grace = scheduler, grace
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """uvicorn would raise the signal again when all is done, and the process would not end with exit code 0."""
@@ -53,7 +56,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Of uvicorn, which waits for the connections."""
-        self._scheduler.drain(self._grace)
+        self.scheduler.drain(self._grace)
         await super().shutdown(sockets)
 
 

@@ -4,9 +4,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
-from trihybrid.data.tokens import Tokenizer
+from trihybrid.data.tokens import TextTokenizer
 from trihybrid.infer.chat_prompt import ChatPrompt, has_chat_template
 from trihybrid.infer.server.limits import Limits, Refusal
 from trihybrid.infer.server.protocol import ChatRequest, CompletionRequest
@@ -17,28 +15,26 @@ class Served:
     """A model folder as the server sees it.
 
     Args:
-        folder: with tokenizer, and a chat template where it has one.
-        model: of that folder.
-        vocabulary: how many tokens it knows.
+        folder: with a chat template where it has one.
+        tokenizer: of that folder.
+        vocabulary: how many tokens the model knows.
+        ends: tokens that end an answer.
         name: by which requests call it.
         limits: of a prompt and its answer.
-
-    Attributes:
-        ends: tokens that end an answer: the tokenizer's EOS and BOS, and those of the model's generation settings.
-
-    Raises:
-        ValueError: no tokenizer.
     """
 
     def __init__(
-        self, folder: str | Path, model: PreTrainedModel, vocabulary: int, name: str, limits: Limits
+        self,
+        folder: str | Path,
+        tokenizer: TextTokenizer,
+        vocabulary: int,
+        ends: frozenset[int],
+        name: str,
+        limits: Limits,
     ) -> None:
-        self.name, self._vocabulary, self._limits = name, vocabulary, limits
-        self.tokenizer = Tokenizer.from_file(folder)
+        self.tokenizer, self.name, self.limits = tokenizer, name, limits
+        self._vocabulary, self._ends = vocabulary, ends
         self._chat = ChatPrompt(folder) if has_chat_template(folder) else None
-        more = getattr(model.generation_config, "eos_token_id", None)
-        more = [] if more is None else [more] if isinstance(more, int) else more
-        self.ends = frozenset([self.tokenizer.eos_id, self.tokenizer.bos_id, *more])
         # One thread, since tokenizers of transformers are not for several; long prompts must not hold the event loop.
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
 
@@ -59,7 +55,7 @@ class Served:
         sampling, stops = asked.sampling(), asked.stops
         loop = asyncio.get_running_loop()
         tokens = await loop.run_in_executor(self._encoding, self._encode, asked)
-        return Work(tokens, self._most(len(tokens), asked.most), sampling, self.ends, stops)
+        return Work(tokens, self._most(len(tokens), asked.most), sampling, self._ends, stops)
 
     def _encode(self, asked: CompletionRequest | ChatRequest) -> list[int]:
         if isinstance(asked, ChatRequest):
@@ -87,12 +83,12 @@ class Served:
 
     def _most(self, prompt: int, asked: int | None) -> int:
         """How long the answer may become."""
-        room = self._limits.context - prompt
+        room = self.limits.context - prompt
         if room < (asked or 1):
             raise Refusal(
                 400,
                 "context_length_exceeded",
                 f"the prompt has {prompt:,} tokens and {asked or 1:,} more are asked for; this server allows "
-                f"{self._limits.context:,} in all: shorten the prompt, or ask for fewer",
+                f"{self.limits.context:,} in all: shorten the prompt, or ask for fewer",
             )
-        return min(room, self._limits.new_tokens) if asked is None else asked
+        return min(room, self.limits.new_tokens) if asked is None else asked

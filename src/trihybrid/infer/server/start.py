@@ -1,9 +1,12 @@
 """A server from a model folder."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from trihybrid.data.tokens import Tokenizer
+from trihybrid.infer.chat import end_tokens
 from trihybrid.infer.engine import Engine
 from trihybrid.infer.server.app import make_app
 from trihybrid.infer.server.limits import Limits
@@ -38,14 +41,31 @@ def open_server(
     Raises:
         ValueError: a folder, device or number that cannot be.
     """
+    tokenizer, model = Tokenizer.from_file(folder), load_model(folder)
     try:
-        model = load_model(folder).to(device)
+        model = model.to(device)
     except RuntimeError as error:
         raise ValueError(f"device {device}: {error}") from None
+    ends = frozenset(end_tokens(model, tokenizer))
     engine = Engine(model, rows=limits.rows, chunk=chunk)
+    with assemble(
+        engine, Served(folder, tokenizer, engine.vocabulary, ends, name, limits), key, grace
+    ) as server:
+        yield server
+
+
+@contextmanager
+def assemble(
+    engine: Engine,
+    served: Served,
+    key: str | None = None,
+    grace: float = 30,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Server]:
+    """A server over an engine with `served.limits.rows` rows; see `open_server` and `Scheduler`."""
     metrics = Metrics()
     with (
-        closing(Served(folder, model, engine.vocabulary, name, limits)) as served,
-        Scheduler(engine, served.tokenizer, limits, metrics) as scheduler,
+        closing(served),
+        Scheduler(engine, served.tokenizer, served.limits, metrics, clock) as scheduler,
     ):
-        yield Server(make_app(served, scheduler, limits, metrics, key), scheduler, grace)
+        yield Server(make_app(served, scheduler, metrics, key), scheduler, grace)
