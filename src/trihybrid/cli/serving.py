@@ -20,13 +20,23 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option(help="File with the key that clients of /v1 must send.")
     ] = None,
-    rows: Annotated[int, typer.Option(help="Requests that are worked on together.")] = 8,
-    queue: Annotated[int, typer.Option(help="Requests that may wait; more get 429.")] = 64,
-    context: Annotated[int, typer.Option(help="Most tokens of a prompt and its answer together.")] = 8192,
-    new_tokens: Annotated[int, typer.Option(help="Longest answer where a request does not say.")] = 1024,
-    seconds: Annotated[float, typer.Option(help="Time from a request's arrival to its last token.")] = 600,
+    rows: Annotated[int, typer.Option(help="Requests that are worked on together.", min=1, max=4096)] = 8,
+    queue: Annotated[
+        int, typer.Option(help="Requests that may wait; more get 429.", min=0, max=100_000)
+    ] = 64,
+    context: Annotated[
+        int, typer.Option(help="Most tokens of a prompt and its answer together.", min=2)
+    ] = 8192,
+    new_tokens: Annotated[
+        int, typer.Option(help="Longest answer where a request does not say.", min=1)
+    ] = 1024,
+    seconds: Annotated[
+        float, typer.Option(help="Time from a request's arrival to its last token.", min=0.001)
+    ] = 600,
     grace: Annotated[float, typer.Option(help="Seconds that running requests have at the end.", min=0)] = 30,
-    chunk: Annotated[int, typer.Option(help="Most tokens of prompts between two steps of the others.")] = 512,
+    chunk: Annotated[
+        int, typer.Option(help="Most tokens of prompts between two steps of the others.", min=1)
+    ] = 512,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Serve a model to OpenAI's clients: chat, completions, streams; /health and /metrics.
