@@ -38,6 +38,9 @@ def serve(
         int, typer.Option(help="Most tokens of prompts between two steps of the others.", min=1)
     ] = 512,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of torch on the CPU; 1 is best for small models.", min=1)
+    ] = None,
 ) -> None:
     """Serve a model to OpenAI's clients: chat, completions, streams; /health and /metrics.
 
@@ -46,10 +49,14 @@ def serve(
     missing = [part for part in ("starlette", "uvicorn", "prometheus_client") if find_spec(part) is None]
     if missing:
         raise ValueError(f"serve needs {', '.join(missing)}: pip install 'trihybrid[serving]'")
+    import torch
+
     from trihybrid.infer.server.limits import Limits
     from trihybrid.infer.server.process import bind, is_loopback
     from trihybrid.infer.server.start import open_server
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     limits = Limits(rows=rows, queue=queue, context=context, new_tokens=new_tokens, seconds=seconds)
     key = None if api_key_file is None else _key(api_key_file)
     if key is None and not is_loopback(host):
