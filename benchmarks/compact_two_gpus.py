@@ -2,7 +2,7 @@
 
     python benchmarks/compact_two_gpus.py --corpus FOLDER [--recipe seed-1007] [--steps 60]
 
-Both runs go through the command, the second under torchrun; figures are read from their logs. FOLDER: see
+Each run trains in a process of its own, the second under torchrun; figures are read from their logs. FOLDER: see
 benchmarks/compact.py. The exit code is 1 where two GPUs are less than 1.85 times as fast, or a loss differs by more
 than one part in a hundred.
 """
@@ -15,8 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from compact import tokens
+from compact import recipe, tokens
 
+from trihybrid.recipe.train_compact import train_compact
 from trihybrid.run import read_log
 
 WARM = 10
@@ -32,7 +33,11 @@ def main() -> int:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--recipe", default="seed-1007")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--train", type=Path, metavar="RUN", help="only train, as one of the workers")
     given = parser.parse_args()
+    if given.train:
+        train_compact(recipe(given.recipe, changes(given.steps), given.corpus), given.train)
+        return 0
     with tempfile.TemporaryDirectory() as scratch:
         corpus = tokens(given.corpus, Path(scratch) / "tokens")
         one = train(given.recipe, given.steps, corpus, Path(scratch) / "one", 1)
@@ -49,26 +54,34 @@ def main() -> int:
     return 0 if rates[1] >= RATIO * rates[0] and apart <= DIFFERENCE else 1
 
 
-def train(recipe: str, steps: int, corpus: Path, out: Path, count: int) -> list[tuple[float, float]]:
+def changes(steps: int) -> list[str]:
+    """Overrides for a run of so many steps, whatever the time."""
+    return [
+        "train.loop.seconds=null",
+        f"train.loop.steps={steps}",
+        f"train.loop.checkpoint_every={steps}",
+        f"train.schedule.decay_steps={steps // 2}",
+    ]
+
+
+def train(name: str, steps: int, corpus: Path, out: Path, count: int) -> list[tuple[float, float]]:
     """(loss, tokens a second) of every step of a run on so many GPUs."""
     launch = [sys.executable]
     if count > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    fields = {
-        "data.train": corpus,
-        "data.tokenizer": corpus,
-        "train.loop.seconds": "null",
-        "train.loop.steps": steps,
-        "train.loop.checkpoint_every": steps,
-        "train.schedule.decay_steps": steps // 2,
-        "compress.fit": "false",
-        "compress.limit_bytes": 10**9,
-        "evaluation.sliding": "false",
-        "evaluation.validation_tokens": 4096,
-    }
-    changes = [part for name, value in fields.items() for part in ("--set", f"{name}={value}")]
+    command = [
+        *launch,
+        __file__,
+        "--corpus",
+        str(corpus),
+        "--recipe",
+        name,
+        "--steps",
+        str(steps),
+        "--train",
+        str(out),
+    ]
     devices = ",".join(map(str, range(count)))
-    command = [*launch, "-m", "trihybrid.cli", "train", recipe, "--out", str(out), *changes]
     subprocess.run(command, check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": devices})
     rows = [row for row in read_log(out / "log.jsonl") if row["kind"] == "train"]
     return [(row["loss"], row["tokens_per_second"]) for row in rows]

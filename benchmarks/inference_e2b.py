@@ -20,55 +20,18 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig, PreTrainedModel, StaticCache
+from inference_e2b_common import TINY, TRUE, Row, Run, Scale, build, synchronise, timed
+from transformers import PreTrainedModel
 
 from trihybrid.infer.engine import Engine, Execution, Snapshot
-from trihybrid.models.cache import CACHE
-from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
-from trihybrid.models.shapes import load_shape
-from trihybrid.surgery.layout import student_config
-from trihybrid.surgery.section import SurgerySection
 
-Row = dict[str, Any]
 PARTS = ("student", "teacher", "peer")
 STEPS = 48
-TARGETS = {
-    ("student", "decode", 1, 4096): 2.2,
-    ("student", "decode", 1, 131_072): 2.6,
-    ("student", "decode", 64, 8192): 64 / 9.0,
-    ("student", "prefill", 1, 4096): 85_000.0,
-    ("student", "prefill", 1, 131_072): 50_000.0,
-}
-"""Milliseconds a step at most, prefilled tokens a second at least."""
-EXTRA_GIB = 4.0
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Sizes of a run: contexts at batch 1, the batch and its context, the long context, tokens of a chunk."""
-
-    device: str
-    contexts: tuple[int, ...]
-    batch: int
-    batch_context: int
-    long: int
-    chunk: int
-    executions: tuple[Execution, ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32 if self.device == "cpu" else torch.bfloat16
-
-
-TRUE = Scale("cuda", (4096, 131_072), 64, 8192, 1_000_000, 4096, ("graph", "fused-graph"))
-TINY = Scale("cpu", (64, 256), 4, 96, 600, 64, ("eager",))
+PEER = Path(__file__).with_name("inference_e2b_peer.py")
 
 
 def main() -> int:
@@ -79,13 +42,9 @@ def main() -> int:
     parser.add_argument("--long", action="store_true", help="the long context too")
     parser.add_argument("--seconds", type=float, default=230.0, help="what does not fit is left out")
     parser.add_argument("--json", type=Path, metavar="FOLDER", help="write inference_e2b.json there")
-    parser.add_argument("--peer-process", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     scale = TINY if given.tiny else TRUE
     run = Run(scale, time.monotonic() + given.seconds, given.json)
-    if given.peer_process:
-        measure_peer(run)
-        return 0
     run.note(limits(scale))
     parts = given.parts.split(",")
     for part in ("student", "teacher"):
@@ -96,41 +55,6 @@ def main() -> int:
     print(table(run.rows))
     missed = [row for row in run.rows if row.get("target_met") is False]
     return 1 if missed else 0
-
-
-class Run:
-    """Rows as they come, and the time that is left.
-
-    Args:
-        scale: of the run.
-        deadline: of time.monotonic().
-        folder: for the rows, or None.
-    """
-
-    def __init__(self, scale: Scale, deadline: float, folder: Path | None) -> None:
-        self.scale, self.deadline, self._folder = scale, deadline, folder
-        self.rows: list[Row] = []
-
-    def note(self, row: Row) -> None:
-        """Print and keep a row, with its targets."""
-        target = TARGETS.get((row.get("model"), row.get("what"), row.get("batch"), row.get("context")))  # type: ignore[arg-type]
-        if target is not None and "value" in row:
-            row["target"] = round(target, 2)
-            row["target_met"] = row["value"] <= target if row["what"] == "decode" else row["value"] >= target
-            if row["what"] == "prefill":
-                row["target_met"] &= row["extra_GiB"] <= EXTRA_GIB
-        self.rows.append(row)
-        print(json.dumps(row), flush=True)
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            (self._folder / "inference_e2b.json").write_text(json.dumps(self.rows, indent=1) + "\n")
-
-    def fits(self, seconds: float, model: str, what: str) -> bool:
-        """Whether so many seconds are left; notes what is left out."""
-        if self.deadline - time.monotonic() >= seconds or self.scale.device == "cpu":
-            return True
-        self.note({"model": model, "what": what, "left_out": f"needs about {seconds:.0f} s, no time left"})
-        return False
 
 
 def limits(scale: Scale) -> Row:
@@ -150,74 +74,6 @@ def limits(scale: Scale) -> Row:
         "copy_TBps": float(f"{2 * large.numel() / copy / 1e12:.4g}"),
         "product_TFLOPs": float(f"{2 * size**3 / product / 1e12:.4g}"),
     }
-
-
-def timed(call: Callable[[], Any], device: str, count: int) -> float:
-    """Median seconds of a call, after two."""
-    times = []
-    for _ in range(count + 2):
-        synchronise(device)
-        began = time.perf_counter()
-        call()
-        synchronise(device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[2:])
-
-
-def synchronise(device: str) -> None:
-    """Wait for the device."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def shape(scale: Scale) -> Gemma4TextConfig:
-    """E2B, or the same in small: five sliding and full layers in turns, the upper half with shared keys and values."""
-    if scale.device == "cuda":
-        base: Any = load_shape("gemma-4-e2b")
-        return base
-    return Gemma4TextConfig(
-        vocab_size=128,
-        vocab_size_per_layer_input=128,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=10,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=16,
-        global_head_dim=32,
-        sliding_window=16,
-        layer_types=[*["sliding_attention"] * 4, "full_attention"] * 2,
-        num_kv_shared_layers=5,
-        use_double_wide_mlp=True,
-        hidden_size_per_layer_input=8,
-        final_logit_softcapping=30.0,
-    )
-
-
-def build(scale: Scale, part: str) -> PreTrainedModel:
-    """Random weights, made where they stay; a student's TICA is not silent."""
-    base = shape(scale)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(scale.dtype)
-    try:
-        with torch.device(scale.device):
-            torch.manual_seed(0)
-            if part == "teacher":
-                return Gemma4ForCausalLM(base).eval()
-            sizes = {"head_dim": 8, "decay_rank": 4, "iclr_rank": 4, "gate_rank": 4}
-            small = {"rwkv7": sizes, "tica": {"heads": 2, "kv_heads": 1, "head_dim": 8, "gate_rank": 4}}
-            layers = base.num_hidden_layers // 5
-            section = SurgerySection.model_validate(
-                {"pattern": f"SSSSR * {layers}"} | (small if scale.device == "cpu" else {})
-            )
-            model = TrihybridGemma4ForCausalLM(student_config(base, section)).eval()
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if name.endswith("tica.o_proj.weight"):
-                        parameter.normal_(std=0.02)
-            return model
-    finally:
-        torch.set_default_dtype(before)
 
 
 def measure_engine(run: Run, part: str, long: bool) -> None:
@@ -384,61 +240,6 @@ def watch_peer(run: Run, tiny: bool) -> None:
     for line in output.splitlines():
         if line.startswith("{"):
             run.note(json.loads(line))
-
-
-def measure_peer(run: Run) -> None:
-    """The teacher in transformers: prefill at its default, decoding with a static cache and a compiled step."""
-    scale = run.scale
-    model = build(scale, "teacher")
-    generator = torch.Generator().manual_seed(0)
-    longest = max(scale.contexts)
-    ids = torch.randint(3, shape(scale).vocab_size, (1, longest), generator=generator).to(scale.device)
-    named = {"model": "transformers", "execution": "static cache, compiled step"}
-    with torch.inference_mode():
-        for context in scale.contexts:
-            if scale.device == "cuda":
-                model(ids[:, :context], use_cache=True, logits_to_keep=1)
-                torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated() if scale.device == "cuda" else 0
-            synchronise(scale.device)
-            began = time.perf_counter()
-            cache = model(ids[:, :context], use_cache=True, logits_to_keep=1)[CACHE]
-            synchronise(scale.device)
-            seconds = time.perf_counter() - began
-            extra = (torch.cuda.max_memory_allocated() - held) / 2**30 if scale.device == "cuda" else 0.0
-            row = {
-                "model": "transformers", "execution": "default", "what": "prefill", "batch": 1,
-                "context": context, "value": round(context / seconds, 1), "unit": "tokens/s",
-                "extra_GiB": round(extra, 3),
-            }  # fmt: skip
-            run.note(row)
-            step = timed(lambda cache=cache: model(ids[:, :1], **{CACHE: cache}), scale.device, 12)
-            run.note(named | {"execution": "eager loop", **decode_row(context, step)})
-            del cache
-        for context in scale.contexts:
-            if not run.fits(30, "transformers", f"compiled, {context} tokens"):
-                return
-            cache = StaticCache(config=model.config, max_cache_len=context + 64)
-            model(ids[:, :context], **{CACHE: cache}, logits_to_keep=1)
-            step = model.forward
-            if scale.device == "cuda":
-                step = torch.compile(model.forward, mode="reduce-overhead", dynamic=False)
-            position = torch.tensor([[context]], device=scale.device)
-
-            def call(step: Any = step, position: Any = position, cache: Any = cache) -> int:
-                output = step(input_ids=ids[:, :1], position_ids=position, **{CACHE: cache})
-                return int(output.logits[0, -1].argmax())
-
-            run.note(named | decode_row(context, timed(call, scale.device, 24)))
-            del cache
-
-
-def decode_row(context: int, seconds: float) -> Row:
-    """What a row of decoding at batch 1 says beside its model."""
-    return {
-        "what": "decode", "batch": 1, "context": context, "value": round(1000 * seconds, 3), "unit": "ms/step",
-        "tokens_per_s": round(1 / seconds, 1),
-    }  # fmt: skip
 
 
 def table(rows: list[Row]) -> str:

@@ -3,6 +3,7 @@
 python benchmarks/results.py [FOLDER]        FOLDER: benchmarks/rows by default
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -19,8 +20,14 @@ HEAD = (
 
 def main() -> int:
     """Rewrite the table between the two marks."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks" / "rows"
-    rows = [json.loads(file.read_text()) for file in (folder / "compact").glob("*.json")]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "benchmarks" / "rows")
+    folder = parser.parse_args().folder / "compact"
+    rows = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    if not rows:
+        parser.error(f"{folder} holds no row (*.json); benchmarks/compact.py leaves them there")
     rows.sort(key=lambda row: row["row"])
     page = ROOT / "docs" / "results.md"
     before, _, rest = page.read_text().partition(START)

@@ -35,8 +35,9 @@ def expected(small: Small, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
     return loss.detach(), torch.autograd.grad(loss, small.used)[0]
 
 
-# torch 2.11's compiler imports what it deprecates.
+# torch 2.11's compiler imports what it deprecates, and advises another precision.
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_every_batch_has_its_own_loss_and_gradient(compiled: bool) -> None:
     small = Small()

@@ -38,6 +38,9 @@ def serve(
         int, typer.Option(help="Most tokens of prompts between two steps of the others.", min=1)
     ] = 512,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    execution: Annotated[
+        str, typer.Option(help="How a step runs: eager, compiled (CPU), graph or fused-graph (GPU).")
+    ] = "eager",
     threads: Annotated[
         int | None, typer.Option(help="Threads of torch on the CPU; 1 is best for small models.", min=1)
     ] = None,
@@ -63,7 +66,9 @@ def serve(
         errors.print(f"warning: {host} without --api-key-file: whoever reaches it may use it", markup=False)
     with (
         bind(host, port) as listening,
-        open_server(model, name or model.resolve().name, limits, key, grace, chunk, device) as server,
+        open_server(
+            model, name or model.resolve().name, limits, key, grace, chunk, device, execution
+        ) as server,
     ):
         address = f"[{host}]" if ":" in host else host
         console.print(f"{model}: http://{address}:{listening.getsockname()[1]}/v1", soft_wrap=True)

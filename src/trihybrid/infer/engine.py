@@ -15,8 +15,6 @@ Legend: B sequences, M pages of the longest, V vocabulary.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,64 +24,9 @@ from trihybrid.infer.execution import Execution, make_decoder
 from trihybrid.infer.network import Network
 from trihybrid.infer.paging import EngineFull, PageBook
 from trihybrid.infer.sampling import GREEDY, Sampling, choose
+from trihybrid.infer.sequence import PAGE, Finish, Running, Snapshot, Token
 
-__all__ = ["Engine", "EngineFull", "Execution", "Finish", "Snapshot", "Token"]
-
-Finish = Literal["stop", "length"]
-PAGE = 64
-"""Tokens of a page."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token that a step has chosen.
-
-    Attributes:
-        sequence: whose it is, as `add` named it.
-        id: the token. A stop token is handed out too, with `finish` "stop".
-        finish: None while the sequence goes on; "stop" after a stop token, "length" after `most` tokens.
-    """
-
-    sequence: int
-    id: int
-    finish: Finish | None
-
-
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """The state of a sequence behind its first `len(tokens)` tokens, for `Engine.add(prefix=...)` and session files.
-
-    It shares its full pages of keys and values with whoever else has them and holds copies of the rest. It stays valid
-    while sequences come and go, until `Engine.release`.
-
-    Attributes:
-        tokens: the tokens that the state has seen.
-        bytes: of its tensors, shared pages included; what a session file of it holds.
-        line: what its row held beside pages.
-        pages: its pages, in order.
-    """
-
-    tokens: tuple[int, ...]
-    bytes: int
-    line: dict[str, Tensor] = field(repr=False)
-    pages: list[int] = field(repr=False)
-
-
-@dataclass(eq=False)
-class _Sequence:
-    """One sequence: `seen` of its tokens are in its states; `spare` are pages set aside for snapshots at marks."""
-
-    number: int
-    tokens: list[int]
-    end: int
-    sampling: Sampling
-    stops: frozenset[int]
-    pages: list[int]
-    spare: list[int]
-    seen: int
-    marks: list[int]
-    finish: Finish | None = None
-    collected: list[Snapshot] = field(default_factory=list)
+__all__ = ["PAGE", "Engine", "EngineFull", "Execution", "Finish", "Snapshot", "Token"]
 
 
 class Engine:
@@ -96,8 +39,9 @@ class Engine:
         tokens: tokens that all sequences and snapshots together may store in layers that grow; None grows as needed.
         chunk: most tokens of prompts that one step works on. A longer prompt takes several steps, between which the
             others advance.
-        execution: how a decoding step runs. `eager` launches operator by operator, `graph` replays a CUDA
-            graph of that, `fused-graph` one whose small operators torch.compile has fused, a minute at the start.
+        execution: how a decoding step runs: `eager` launches operator by operator; on a CPU `compiled` is a program of
+            torch.compile, a minute or more at the start; on a GPU `graph` replays a CUDA graph, `fused-graph` one
+            whose small operators torch.compile has fused.
 
     Attributes:
         vocabulary: V.
@@ -127,10 +71,10 @@ class Engine:
         self._chunk = chunk
         self.vocabulary = self._network.vocabulary
         # Rows: those that decode stand in front, so that a step works on one slice.
-        self._rows: list[_Sequence | None] = [None] * rows
+        self._rows: list[Running | None] = [None] * rows
         self._ready = 0
-        self._waiting: list[_Sequence] = []
-        self._sequences: dict[int, _Sequence] = {}
+        self._waiting: list[Running] = []
+        self._sequences: dict[int, Running] = {}
         self._next = 0
         self._snapshots: set[Snapshot] = set()
 
@@ -194,7 +138,7 @@ class Engine:
         row = len(self._rows) - 1 - self._rows[::-1].index(None)
         own = self._book.take(needed - len(shared) + spare)
         self._book.share(shared)
-        sequence = _Sequence(
+        sequence = Running(
             self._next,
             [int(token) for token in tokens],
             len(tokens) + most,
@@ -267,9 +211,9 @@ class Engine:
                 self._retire(sequence)
         return chosen
 
-    def _read_prompts(self) -> list[tuple[_Sequence, int]]:
+    def _read_prompts(self) -> list[tuple[Running, int]]:
         """The first tokens of sequences whose prompt was read to its end."""
-        begun: list[tuple[_Sequence, int]] = []
+        begun: list[tuple[Running, int]] = []
         left = self._chunk
         for sequence in list(self._waiting):
             logits_V = None
@@ -297,12 +241,12 @@ class Engine:
                 begun.append((sequence, choose(logits_V, sequence.sampling, sequence.tokens)))
         return begun
 
-    def _border(self, sequence: _Sequence) -> int:
+    def _border(self, sequence: Running) -> int:
         """Where the next piece of a prompt ends."""
         marks = [mark for mark in sequence.marks if mark > sequence.seen]
         return min((sequence.seen // self._chunk + 1) * self._chunk, len(sequence.tokens), *marks)
 
-    def _decode(self, ready: list[_Sequence]) -> list[tuple[_Sequence, int]]:
+    def _decode(self, ready: list[Running]) -> list[tuple[Running, int]]:
         logits_BV = self._decoder(
             [sequence.tokens[-1] for sequence in ready],
             [sequence.seen for sequence in ready],
@@ -317,12 +261,12 @@ class Engine:
             for sequence, logits_V in zip(ready, logits_BV, strict=True)
         ]
 
-    def _promote(self, sequence: _Sequence) -> None:
+    def _promote(self, sequence: Running) -> None:
         """Put a sequence among those that decode."""
         self._exchange(self._rows.index(sequence), self._ready)
         self._ready += 1
 
-    def _retire(self, sequence: _Sequence) -> None:
+    def _retire(self, sequence: Running) -> None:
         """Take a sequence from among those that decode."""
         self._ready -= 1
         self._exchange(self._rows.index(sequence), self._ready)
@@ -362,7 +306,7 @@ class Engine:
             raise ValueError(f"sequence {sequence} has read none of its tokens yet; step first")
         return self._copy(source, self._book.take(1) if self._states.pages and source.seen % PAGE else [])
 
-    def _copy(self, sequence: _Sequence, last: list[int]) -> Snapshot:
+    def _copy(self, sequence: Running, last: list[int]) -> Snapshot:
         """The state of a sequence, its full pages shared, the begun one copied into `last`."""
         full = sequence.pages[: sequence.seen // PAGE]
         self._book.share(full)
@@ -434,7 +378,7 @@ class Engine:
             "used": self._book.held * page,
         }
 
-    def _get(self, sequence: int) -> _Sequence:
+    def _get(self, sequence: int) -> Running:
         if sequence not in self._sequences:
             raise ValueError(f"no sequence {sequence} is here; it was removed or never added")
         return self._sequences[sequence]

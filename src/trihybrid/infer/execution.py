@@ -1,6 +1,8 @@
-"""How a decoding step runs: operator by operator, or as a CUDA graph, plain or with fused parts.
+"""How a decoding step runs: operator by operator, compiled, or as a CUDA graph, plain or with fused parts.
 
-What differs is how the tensors of a step reach `Network.decode`, and nothing else. A graph is recorded the first time
+What differs is how the tensors of a step reach `Network.decode`, and nothing else. On a CPU a small model is bound by
+what every operator costs beside its sums; compiled, a step is one call. Compiling takes a minute or more on two cores,
+once for each number of sequences; tables of any width are one program. A graph is recorded the first time
 that so many sequences with tables so wide meet, a second or so; tables widen by doubling. It names the pages by their
 addresses, so it is recorded anew when the store has grown.
 
@@ -10,7 +12,7 @@ Legend: B sequences, M pages in a table, V vocabulary.
 import logging
 import operator
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from trihybrid.infer.network.parts import Fusion
 
 logger = logging.getLogger(__name__)
 
-Execution = Literal["eager", "graph", "fused-graph"]
+Execution = Literal["eager", "graph", "compiled", "fused-graph"]
 
 
 class Decoder(Protocol):
@@ -39,12 +41,44 @@ class EagerDecoder:
 
     def __call__(self, ids: list[int], positions: list[int], pages: Sequence[list[int]]) -> Tensor:
         device = self._network.device
-        width = max(position // self._network.states.length for position in positions) + 1
         return self._network.decode(
             torch.tensor(ids, device=device),
             torch.tensor(positions, device=device),
-            torch.tensor(table(pages, width), device=device),
+            torch.tensor(table(pages, self._width(positions)), device=device),
         )
+
+    def _width(self, positions: list[int]) -> int:
+        """Pages that the longest needs."""
+        return max(position // self._network.states.length for position in positions) + 1
+
+
+class CompiledDecoder(EagerDecoder):
+    """One program of torch.compile for each number of sequences.
+
+    Args:
+        network: on a CPU.
+        backend: torch's name of the compiler.
+    """
+
+    def __init__(self, network: Network, backend: str = "inductor") -> None:
+        super().__init__(network)
+        options: dict[str, Any] | None = {"cpp_wrapper": True} if backend == "inductor" else None
+        self._decode = torch.compile(network.decode, backend=backend, fullgraph=True, options=options)
+        self._known: set[tuple[int, int]] = set()
+
+    def __call__(self, ids: list[int], positions: list[int], pages: Sequence[list[int]]) -> Tensor:
+        # A width of one would be taken for a constant.
+        width = max(2, self._width(positions))
+        table_BM = torch.tensor(table(pages, width))
+        torch._dynamo.mark_dynamic(table_BM, 1)
+        key = len(ids), self._network.states.capacity
+        known = key in self._known
+        self._known.add(key)
+        if not known:
+            logger.info("compiling a decoding step of %d sequences", len(ids))
+        # Once compiled, nothing of the model changes any more, and to look for it takes longer than the step.
+        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=known):
+            return self._decode(torch.tensor(ids), torch.tensor(positions), table_BM)
 
 
 class GraphDecoder:
@@ -119,16 +153,23 @@ def make_decoder(network: Network, execution: Execution) -> Decoder:
     """
     if execution == "eager":
         return EagerDecoder(network)
-    if execution not in ("graph", "fused-graph"):
-        raise ValueError(f'execution is "{execution}"; choose eager, graph or fused-graph')
+    if execution not in ("compiled", "graph", "fused-graph"):
+        raise ValueError(f'execution is "{execution}"; choose eager, compiled, graph or fused-graph')
+    if network.has_experts:
+        raise ValueError(
+            f'execution is "{execution}"; tokens of a model with experts choose theirs, in shapes that '
+            "nothing can record: choose eager"
+        )
+    if execution == "compiled":
+        if network.device.type != "cpu":
+            raise ValueError(
+                f'execution is "compiled" and the model is on {network.device}; it is for a CPU: choose graph or '
+                "fused-graph"
+            )
+        return CompiledDecoder(network)
     if network.device.type != "cuda":
         raise ValueError(
             f'execution is "{execution}" and the model is on {network.device}; CUDA graphs need a CUDA device: move '
             "the model there, or choose eager"
-        )
-    if network.has_experts:
-        raise ValueError(
-            f'execution is "{execution}"; tokens of a model with experts choose theirs, whose shapes no graph can '
-            "record: choose eager"
         )
     return GraphDecoder(network, Fusion() if execution == "graph" else Fusion.compiled())

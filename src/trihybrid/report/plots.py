@@ -164,6 +164,34 @@ def cache_curves(teacher: CacheBytes, student: CacheBytes) -> bytes:
     return _png(figure)
 
 
+def context_curves(title: str, unit: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
+    """What is measured against the context, one line a name, both axes logarithmic.
+
+    lines: name -> (context in tokens, value above 0), at least one point.
+    """
+    figure, axes = _figure(title)
+    colours = colormaps["viridis"]
+    for rank, (name, points) in enumerate(lines.items()):
+        axes.plot(
+            *zip(*points, strict=True),
+            label=name,
+            color=colours(0.8 * rank / max(len(lines) - 1, 1)),
+            linestyle=LINE_STYLES[rank % 4],
+            linewidth=1.8,
+            marker="o",
+            markersize=4,
+        )
+    _token_axis(axes, None, "")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.tick_params(axis="y", which="minor", labelsize=7)
+    axes.set_xlabel("context (tokens)")
+    axes.set_ylabel(unit)
+    _legend(figure, axes)
+    return _png(figure)
+
+
 def byte_bars(parts: Sequence[tuple[str, int]], limit: int | None) -> bytes:
     """Bytes of a file by what they are for, one bar each in the order given, with the limit on their sum in words.
 

@@ -26,6 +26,7 @@ def open_server(
     grace: float = 30,
     chunk: int = 512,
     device: str = "cpu",
+    execution: str = "eager",
 ) -> Iterator[Server]:
     """A server that can be run; its threads end with the context.
 
@@ -35,7 +36,7 @@ def open_server(
         limits: of requests.
         key: what clients must send; None lets everybody.
         grace: seconds that running requests have when it ends.
-        chunk: as of `Engine`.
+        chunk, execution: as of `Engine`.
         device: of the model.
 
     Raises:
@@ -47,7 +48,7 @@ def open_server(
     except RuntimeError as error:
         raise ValueError(f"device {device}: {error}") from None
     ends = frozenset(end_tokens(model, tokenizer))
-    engine = Engine(model, rows=limits.rows, chunk=chunk)
+    engine = Engine(model, rows=limits.rows, chunk=chunk, execution=execution)  # type: ignore[arg-type]
     with assemble(
         engine, Served(folder, tokenizer, engine.vocabulary, ends, name, limits), key, grace
     ) as server:

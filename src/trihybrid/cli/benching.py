@@ -1,0 +1,69 @@
+"""`trihybrid bench`: how fast a model runs here, teacher beside student."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from trihybrid.cli.frame import app, console
+
+
+@app.command()
+def bench(
+    model: Annotated[Path, typer.Argument(help="Folder of a teacher or student.")],
+    teacher: Annotated[Path | None, typer.Option(help="Folder of a model to stand beside it.")] = None,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens of context; repeat it. 128, 512 and 2048 if not given.", min=1),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Sequences at a time; repeat it. 1 and 4 if not given.", min=1)
+    ] = None,
+    execution: Annotated[
+        str, typer.Option(help="How a step runs: eager, compiled (CPU), graph or fused-graph (GPU).")
+    ] = "eager",
+    device: Annotated[str, typer.Option(help="As torch names it: cpu, cuda.")] = "cpu",
+    out: Annotated[
+        Path | None, typer.Option(help="Write speed.html, figures and speed.json into this folder.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+) -> None:
+    """Measure prefill and decoding in the engine, and what the states hold, against context and batch."""
+    import torch
+
+    from trihybrid.infer.speed import measure_speed
+    from trihybrid.models.checkpoint import load_model
+    from trihybrid.report.speed import HEADS, speed_cells, speed_figures, speed_page
+    from trihybrid.run import write_json
+
+    rows = []
+    for folder in (model, *((teacher,) if teacher is not None else ())):
+        loaded = load_model(folder).to(device)
+        rows += measure_speed(
+            folder.name,
+            loaded,
+            context or [128, 512, 2048],
+            batch or [1, 4],
+            execution=execution,  # type: ignore[arg-type]
+        )
+        del loaded
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        machine = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {execution}"
+        (out / "speed.html").write_text(speed_page(f"Speed of {model.name}", rows, machine), encoding="utf-8")
+        for name, png in speed_figures(rows).items():
+            (out / f"{name}.png").write_bytes(png)
+        write_json(out / "speed.json", [asdict(row) for row in rows])
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        return
+    table = Table(title=f"Speed of {model.name}")
+    for head in HEADS:
+        table.add_column(head, justify="left" if head == "Model" else "right")
+    for row in rows:
+        table.add_row(*speed_cells(row))
+    console.print(table)
