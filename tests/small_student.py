@@ -15,11 +15,11 @@ SLOTS = [
 ]
 
 
-def make_student() -> TrihybridGemma4ForCausalLM:
+def make_student(vocabulary: int = 61) -> TrihybridGemma4ForCausalLM:
     """Sliding layers, and recurrences of both kinds of cache slots, one with shared keys and values."""
     base = Gemma4TextConfig(
-        vocab_size=61,
-        vocab_size_per_layer_input=61,
+        vocab_size=vocabulary,
+        vocab_size_per_layer_input=vocabulary,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=6,

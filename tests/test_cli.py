@@ -23,7 +23,7 @@ GLOBAL_LAYERS = [4, 9, 14, 19, 24, 29, 34]
 def test_every_command_is_known_and_explains_itself(micro: ModuleType) -> None:
     assert COMMANDS == [
         "bench", "budget", "chat", "convert", "data", "demo", "distill", "doctor", "eval", "export", "generate",
-        "import", "plan", "report", "submit", "train", "vectors", "version",
+        "import", "plan", "report", "serve", "submit", "train", "vectors", "version",
     ]  # fmt: skip
     for command in ([], *([name] for name in COMMANDS)):
         result = micro.trihybrid(*command, "--help")

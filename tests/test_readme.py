@@ -24,7 +24,7 @@ def blocks(language: str) -> list[str]:
 def test_the_table_names_every_command_but_version() -> None:
     assert [usage.split()[0] for usage, _ in TABLE] == [
         "demo", "plan", "convert", "distill", "data", "train", "budget", "submit", "eval", "generate", "chat",
-        "bench", "export", "import", "vectors", "report", "doctor",
+        "serve", "bench", "export", "import", "vectors", "report", "doctor",
     ]  # fmt: skip
     assert {usage.split()[0] for usage, _ in TABLE} == set(COMMANDS) - {"version"}
 

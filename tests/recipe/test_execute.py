@@ -18,6 +18,7 @@ from trihybrid.recipe.load import dump_recipe, load_recipe
 from trihybrid.run import Lineage, RunDirectory, hash_file, hash_folder, read_log
 from trihybrid.storage.folder import check_folder
 from trihybrid.surgery.operate import read_plan
+from trihybrid.train.distributed import ALONE
 
 MODELS = ["teacher", "operated", "aligned", "matched"]
 

@@ -16,7 +16,7 @@ from trihybrid.distill.recompute import run_layer
 from trihybrid.distill.trained import roles_of, select
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.decoder.sliding import linear_sliding
-from trihybrid.ops.divergence import VOCABULARY_BLOCK, softcapped_cross_entropy
+from trihybrid.ops.divergence import IGNORED_TARGET, VOCABULARY_BLOCK, softcapped_cross_entropy
 
 
 class Extension(nn.Module):
@@ -83,3 +83,11 @@ class ExtendTask:
 
     def tokens(self, batch: Batch) -> int:
         return batch.inputs.numel()
+
+    def split(self, batch: Batch, parts: int) -> list[Batch]:
+        """The batch as `parts` batches of equally many rows."""
+        return batch.split(parts)
+
+    def weight(self, batch: Batch) -> float:
+        """The number of its targets: rows with more documents have fewer."""
+        return float((batch.targets != IGNORED_TARGET).sum())

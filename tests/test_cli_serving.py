@@ -1,0 +1,81 @@
+"""`trihybrid serve` as a user starts and ends it."""
+
+import http.client
+import json
+import signal
+import socket
+from contextlib import closing
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from small_student import make_student
+from trihybrid.cli import serving
+from trihybrid.data.tokens import Tokenizer
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served") / "student"
+    make_student(vocabulary=260).save_pretrained(folder)
+    Tokenizer.bytes().save(folder)
+    return folder
+
+
+def test_a_real_signal_lets_the_running_answer_finish(micro: ModuleType, model: Path) -> None:
+    """The process ends with exit code 0, and its stream with [DONE]."""
+    process = micro.start("serve", model, "--port", 0, "--context", 400, "--grace", 60)
+    try:
+        line = process.stdout.readline()
+        assert line.startswith(f"{model}: http://127.0.0.1:"), process.stderr.read()
+        port = int(line.rsplit(":", 1)[1].removesuffix("/v1\n"))
+        body = {
+            "model": "student",
+            "prompt": "the slow ",
+            "max_tokens": 150,
+            "stream": True,
+            "temperature": 0,
+        }
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+            connection.request("POST", "/v1/completions", json.dumps(body), JSON)
+            answer = connection.getresponse()
+            first = answer.readline()
+            process.send_signal(signal.SIGTERM)
+            events = (first + answer.read()).decode().split("\n\n")
+        assert events[-2:] == ["data: [DONE]", ""]
+        assert len(events) > 100
+        assert json.loads(events[-3].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        rest = process.communicate(timeout=60)
+        assert (process.returncode, rest) == (0, ("", ""))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_without_the_extra_it_says_which(micro: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "find_spec", lambda name: None if name == "uvicorn" else object())
+    line = micro.refusal(micro.trihybrid("serve", "nowhere"))
+    assert line == "error: serve needs uvicorn: pip install 'trihybrid[serving]'"
+
+
+def test_what_cannot_be_served_is_refused(micro: ModuleType, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        cases = [
+            (("serve", tmp_path / "nothing", "--port", 0), "nothing"),
+            (
+                ("serve", model, "--port", port),
+                f"cannot listen on 127.0.0.1 port {port}: Address already in use",
+            ),
+            (
+                ("serve", model, "--port", 0, "--api-key-file", tmp_path / "key"),
+                "no key; it must be one line",
+            ),
+            (("serve", model, "--port", 0, "--device", "nowhere"), "device nowhere: "),
+        ]
+        for command, message in cases:
+            assert message in micro.refusal(micro.trihybrid(*command))
