@@ -77,9 +77,11 @@ def test_infinity_is_no_value(section: type[BaseModel]) -> None:
 
 
 def test_a_stage_is_told_by_its_kind() -> None:
-    parts = [part for part in models(Stage) if part.__name__ in ("AlignSection", "MatchSection")]
+    parts = [
+        part for part in models(Stage) if part.__name__ in ("AlignSection", "ExtendSection", "MatchSection")
+    ]
     kinds = {typing.get_args(part.model_fields["kind"].annotation)[0] for part in parts}
-    assert kinds == set(NAMES) == {"align", "match"}
+    assert kinds == set(NAMES) == {"align", "match", "extend"}
     recipe = Recipe.model_validate(
         {"name": "a", "teacher": TEACHER, "stages": [{"kind": "match", "loop": LOOP}]}
     )
