@@ -22,7 +22,7 @@ SLIDING = "model.layers.3.self_attn.q_proj.weight"
 def batch_of(*lengths: int) -> Batch:
     generator = torch.Generator().manual_seed(4)
     tokens_BT = torch.randint(3, VOCABULARY, (2, sum(lengths)), generator=generator)
-    return Batch(tokens_BT, torch.cat([torch.arange(n) for n in lengths])[None].expand(2, -1))
+    return Batch(tokens_BT, torch.cat([torch.arange(n) for n in lengths])[None].repeat(2, 1))
 
 
 def dense(student: torch.nn.Module, batch: Batch) -> Tensor:
@@ -48,6 +48,17 @@ def test_loss_and_gradients_are_those_of_all_logits(make_teacher, make_student, 
         assert relative_error(parameter.grad, gradients[name].grad) <= 1e-8, name
     assert all(p.grad is None for n, p in student.named_parameters() if n not in task.parameters())
     assert task.roles().keys() == task.parameters().keys() and task.tokens(batch) == 2 * 96
+
+
+def test_parts_weighted_by_their_targets_are_the_whole(make_teacher, make_student) -> None:
+    """A row of two documents has one target fewer."""
+    task = ExtendTask(Extension(make_student(make_teacher(torch.float64)), ["*.rwkv7.w0"]))
+    whole = batch_of(97)
+    whole.positions[1] = batch_of(30, 67).positions[1]
+    parts = task.split(whole, 2)
+    assert [task.weight(part) for part in parts] == [96, 95]
+    total = sum(task.weight(part) * task.loss(part)[0] for part in parts) / task.weight(whole)
+    assert relative_error(total, task.loss(whole)[0]) <= 1e-10
 
 
 def test_section() -> None:
