@@ -106,8 +106,10 @@ def test_another_model_or_tokenizer_is_refused(engine: Engine, folder: Path, tmp
 def test_the_identity_follows_weights_and_configuration(folder: Path, tmp_path: Path) -> None:
     before = identity(folder, Tokenizer.bytes())
     files = {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
-    lines = "".join(f"{name} {hashlib.sha256(data).hexdigest()}\n" for name, data in files.items())
-    assert before.model == hashlib.sha256(lines.encode()).hexdigest()
+    entries = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+    }
+    assert before.model == hashlib.sha256(json.dumps(entries).encode()).hexdigest()
     assert before.tokenizer == Tokenizer.bytes().hash
     for name, data in files.items():
         for place, content in files.items():

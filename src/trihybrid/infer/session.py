@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from trihybrid.data.tokens import TextTokenizer
 from trihybrid.infer.chat_prompt import Message
 from trihybrid.infer.engine import Engine, Snapshot
-from trihybrid.models.checkpoint import MANIFEST
+from trihybrid.storage.folder import entries_of
 
 FORMAT = 1
 KEY = "session"
@@ -49,15 +49,8 @@ def identity(folder: str | Path, tokenizer: TextTokenizer) -> Identity:
     """Of a model folder: over its config.json and its weights, by the manifest where the folder has one."""
     folder = Path(folder)
     names = sorted(["config.json", *(path.name for path in folder.glob("*.safetensors"))])
-    listed = {}
-    if (folder / MANIFEST).exists():
-        listed = json.loads((folder / MANIFEST).read_text())["files"]
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(
-            f"{name} {listed[name]['sha256'] if name in listed else _sha256(folder / name)}\n".encode()
-        )
-    return Identity(digest.hexdigest(), tokenizer.hash)
+    text = json.dumps(entries_of(folder, names), sort_keys=True)
+    return Identity(hashlib.sha256(text.encode()).hexdigest(), tokenizer.hash)
 
 
 def save_session(path: str | Path, engine: Engine, session: Session, made_by: Identity) -> int:
@@ -114,11 +107,6 @@ def load_session(path: str | Path, engine: Engine, wanted: Identity) -> Session:
                 "own"
             )
     return Session(engine.restore(seen, tensors), tokens, messages)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def whole_conversation(engine: Engine, sequence: int, messages: Sequence[Message] = ()) -> Session:

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,17 @@ def check_folder(folder: str | Path) -> dict[str, Any]:
         for name, wanted in _read_manifest(folder / MANIFEST).items():
             _check_file(folder / name, wanted)
     return config
+
+
+def entries_of(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What a manifest says of these files: that of the folder where it lists them, otherwise what is read from them.
+
+    Raises:
+        ValueError: a manifest that is none.
+    """
+    path = folder / MANIFEST
+    listed = _read_manifest(path) if path.exists() else {}
+    return {name: listed[name] if name in listed else file_entry(folder / name) for name in names}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
