@@ -1,6 +1,6 @@
 """Merge the rows that benchmarks left as JSON into docs/results.md.
 
-    python benchmarks/results.py [FOLDER]        FOLDER: benchmarks/rows by default
+python benchmarks/results.py [FOLDER]        FOLDER: benchmarks/rows by default
 """
 
 import argparse
