@@ -224,8 +224,7 @@ def watch_peer(run: Run, tiny: bool) -> None:
     left = run.deadline - time.monotonic()
     command = [
         sys.executable,
-        __file__,
-        "--peer-process",
+        str(PEER),
         "--seconds",
         str(left),
         *(["--tiny"] if tiny else []),
@@ -236,7 +235,12 @@ def watch_peer(run: Run, tiny: bool) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         output, _ = process.communicate()
-        output += json.dumps({"model": "transformers", "what": "rest", "left_out": "stopped, no time left"})
+        output += "\n" + json.dumps(
+            {"model": "transformers", "what": "rest", "left_out": "stopped, no time left"}
+        )
+    else:
+        if process.returncode:
+            run.note({"model": "transformers", "what": "failed", "error": f"exit code {process.returncode}"})
     for line in output.splitlines():
         if line.startswith("{"):
             run.note(json.loads(line))
