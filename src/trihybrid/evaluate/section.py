@@ -1,8 +1,8 @@
 """The part of a recipe that says how much is evaluated."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class NeedleSection(BaseModel):
@@ -10,7 +10,7 @@ class NeedleSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    lengths: list[int] = Field(
+    lengths: list[Annotated[int, Field(ge=32, le=1_048_576)]] = Field(
         min_length=1, description="Tokens of the contexts, about, as 1, 2, 4 and 8 times the training length."
     )
     documents: int = Field(default=64, ge=1, le=65536, description="Documents of each length.")
@@ -22,13 +22,6 @@ class NeedleSection(BaseModel):
     measured_characters: int = Field(
         default=100_000, ge=64, description="Characters of validation text that tell how long a token is."
     )
-
-    @field_validator("lengths")
-    @classmethod
-    def _lengths_fit(cls, lengths: list[int]) -> list[int]:
-        if min(lengths) < 32 or max(lengths) > 1_048_576:
-            raise ValueError(f"lengths are {lengths}; allowed are 32 to 1,048,576 tokens")
-        return lengths
 
 
 class EvaluationSection(BaseModel):
