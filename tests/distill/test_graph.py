@@ -78,7 +78,7 @@ def test_off_the_gpu_a_task_differentiates_without_a_recording(matching, make_ba
     assert (
         task.graphed is None
         and loss.item() == expected.item()
-        and set(parts) == {"kl", "hidden", "agreement"}
+        and {"kl", "hidden", "agreement"} <= set(parts)
     )
     for parameter, gradient in zip(task.parameters().values(), wanted, strict=True):
         assert relative_error(parameter.grad, gradient) <= 1e-12

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from trihybrid.data.packing import Batch
+from trihybrid.data.packing import IGNORED, Batch
 from trihybrid.distill.fuse import fuse
 from trihybrid.distill.recompute import run_layer
 from trihybrid.distill.trained import roles_of, select
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.decoder.sliding import linear_sliding
-from trihybrid.ops.divergence import IGNORED_TARGET, VOCABULARY_BLOCK, softcapped_cross_entropy
+from trihybrid.ops.divergence import VOCABULARY_BLOCK, softcapped_cross_entropy
 
 
 class Extension(nn.Module):
@@ -90,4 +90,4 @@ class ExtendTask:
 
     def weight(self, batch: Batch) -> float:
         """The number of its targets: rows with more documents have fewer."""
-        return float((batch.targets != IGNORED_TARGET).sum())
+        return float((batch.targets != IGNORED).sum())
