@@ -87,7 +87,7 @@ def main() -> int:
     parser.add_argument("command", choices=["teacher", "row", "list"])
     parser.add_argument("names", nargs="*", metavar="NAME", help="rows, or teachers; all if none is given")
     parser.add_argument("--out", type=Path, help="folder of the run directories")
-    parser.add_argument("--rows", type=Path, default=ROOT / "benchmarks" / "rows" / "distill")
+    parser.add_argument("--rows", type=Path, default=ROOT / "benchmarks" / "rows" / "quality")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args()

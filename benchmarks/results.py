@@ -15,7 +15,7 @@ COMPACT = (
     "| bpb chunked | sliding | raw | gap | bytes |\n"
     "|---|---|---|---|---|---|---|---|---|---|---|\n"
 )
-DISTILL = (
+QUALITY = (
     "| row | teacher | parameters | tokens | bpb (teacher) | KL | agreement | entropy (teacher) "
     "| calibration error (teacher) | recall (teacher) | needle (teacher) | cache MB (teacher) |\n"
     "|---|---|---|---|---|---|---|---|---|---|---|---|\n"
@@ -55,7 +55,7 @@ def main() -> int:
     given = parser.parse_args()
     tables = {
         "compact": (read(given.folder / "compact"), COMPACT, compact),
-        "distill": (read(given.folder / "distill"), DISTILL, distill),
+        "quality": (read(given.folder / "quality"), QUALITY, quality),
     }
     if not any(rows for rows, _, _ in tables.values()):
         parser.error(
@@ -83,7 +83,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return sorted((json.loads(file.read_text()) for file in folder.glob("*.json")), key=lambda r: r["row"])
 
 
-def distill(row: dict[str, Any]) -> str:
+def quality(row: dict[str, Any]) -> str:
     """One line of the table of conversions: the last student beside its teacher."""
     teacher, student = row["measured"][0], row["measured"][-1]
 

@@ -49,8 +49,8 @@ def test_a_teacher_and_a_row_end_in_the_page(
 ) -> None:
     options = ["--out", tmp_path / "runs", "--tiny", "--set", f"data.source={micro_texts}"]
     call("distill_quality", "teacher", "teacher", *options)
-    call("distill_quality", "row", "two-global", *options, "--rows", tmp_path / "rows" / "distill")
-    row = json.loads((tmp_path / "rows" / "distill" / "two-global.json").read_text())
+    call("distill_quality", "row", "two-global", *options, "--rows", tmp_path / "rows" / "quality")
+    row = json.loads((tmp_path / "rows" / "quality" / "two-global.json").read_text())
     assert row["teacher"] == hash_folder(tmp_path / "runs" / "teacher" / "teacher")
     assert [side["stage"] for side in row["measured"]] == ["teacher", "operated", "aligned", "matched"]
     assert row["tokens"] == {"aligned": 2 * 2 * 32, "matched": 2 * 2 * 32}
@@ -58,8 +58,8 @@ def test_a_teacher_and_a_row_end_in_the_page(
     assert row["cache_bytes"]["after"] < row["cache_bytes"]["before"]
     page = tmp_path / "page.md"
     page.write_text(
-        "Above.\n<!-- compact rows -->\n<!-- end of compact rows -->\nBetween.\n<!-- distill rows -->\nold\n"
-        "<!-- end of distill rows -->\nBelow.\n"
+        "Above.\n<!-- compact rows -->\n<!-- end of compact rows -->\nBetween.\n<!-- quality rows -->\nold\n"
+        "<!-- end of quality rows -->\nBelow.\n"
     )
     call("results", tmp_path / "rows", "--page", page)
     lines = page.read_text().splitlines()

@@ -274,3 +274,10 @@ def test_errors_name_what_is_wrong(small: PreTrainedModel) -> None:
         with pytest.raises(ValueError, match=f"no sequence {sequence} is here"):
             call(sequence)
     assert isinstance(snapshot, Snapshot)
+
+
+def test_a_token_that_stands_for_an_image_is_refused() -> None:
+    model = make_student()
+    model.config.image_token_id = 60
+    with pytest.raises(ValueError, match="tokens hold 60, the image_token_id: this is the text model alone"):
+        Engine(model).add([5, 60, 7], most=1)

@@ -24,6 +24,7 @@ from trihybrid.recipe.load import (
 )
 from trihybrid.recipe.planned import teacher_config
 from trihybrid.recipe.schema import Recipe
+from trihybrid.surgery.layout import settle
 from trihybrid.surgery.plan import check_plan, make_plan
 from trihybrid.surgery.section import SurgerySection
 
@@ -61,7 +62,10 @@ def test_a_shipped_conversion_loads_plans_and_dry_runs(micro: ModuleType, path: 
     assert load_recipe(path.stem) == recipe
     # The weights of a published teacher are not at hand.
     base = teacher_config(recipe) if recipe.teacher.shape else check_recipe(recipe)
-    assert check_plan(make_plan(base, recipe.surgery, recipe.name), base) == recipe.surgery
+    planned = check_plan(make_plan(base, recipe.surgery, recipe.name), base)
+    assert planned == settle(base, recipe.surgery)
+    left = {"calibration_tokens": recipe.surgery.calibration_tokens}
+    assert planned.model_copy(update=left) == recipe.surgery
     result = micro.trihybrid("distill", path, "--dry-run")
     assert (result.code, result.stdout, result.stderr) == (0, dump_recipe(recipe), "")
 

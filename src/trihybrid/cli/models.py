@@ -133,8 +133,9 @@ def generate(
         from trihybrid.models.checkpoint import load_model
 
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        loaded = load_model(model)
         opened = Tokenizer.from_file(model)
-        parts = pieces(Engine(load_model(model)), opened, prompt, tokens, sampling, stop or ())
+        parts = pieces(Engine(loaded), opened, prompt, tokens, sampling, stop or ())
         sys.stdout.write(prompt)
         for part in parts:
             sys.stdout.write(part)

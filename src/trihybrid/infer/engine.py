@@ -169,6 +169,12 @@ class Engine:
             raise ValueError(
                 f"tokens span {min(tokens)} to {max(tokens)}; the vocabulary is 0 to {self.vocabulary - 1}"
             )
+        media = next((token for token in tokens if token in self._network.media), None)
+        if media is not None:
+            raise ValueError(
+                f"tokens hold {media}, the {self._network.media[media]}: this is the text model alone, which has no "
+                "images, sound or video; leave them out of the prompt"
+            )
         if most < 1:
             raise ValueError(f"most is {most}; it must be at least 1")
         seen = 0

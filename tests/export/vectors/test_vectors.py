@@ -183,7 +183,7 @@ def test_what_cannot_be_recorded_is_said(student: Path, tmp_path: Path, changes:
 
 def test_a_token_that_stands_for_an_image_is_refused(tmp_path: Path) -> None:
     model = make_student()
-    model.config.image_token_id = 60
+    model.config.base_config["image_token_id"] = 60
     save_folder(tmp_path / "model", model.save_pretrained)
     with pytest.raises(
         ValueError, match="tokens: 60 is the model's image_token_id; a text model cannot read it"

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 from trihybrid import __version__
 from trihybrid.export.vectors.record import LEGEND, describe, record_step
 from trihybrid.models.checkpoint import load_model
+from trihybrid.models.decoder.config import media_tokens
 from trihybrid.ops.backend import choose
 from trihybrid.run import hash_folder
 from trihybrid.storage.folder import save_folder
@@ -23,7 +24,6 @@ from trihybrid.testing import TOLERANCE
 MANIFEST = "manifest.json"
 FORMAT = 1
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-MEDIA = ("image_token_id", "video_token_id", "audio_token_id")
 MEASURE = (
     "norm(x - reference) / max(norm(reference), 1e-6 sqrt(n)), over the n elements of a tensor, in float64"
 )
@@ -100,7 +100,7 @@ def choose_tokens(model: PreTrainedModel, count: int, seed: int) -> list[int]:
     """BOS, then random ids that stand for text."""
     generator = torch.Generator().manual_seed(seed)
     special = {model.config.bos_token_id, model.config.pad_token_id, *_as_list(model.config.eos_token_id)}
-    special |= set(_media(model).values())
+    special |= media_tokens(model.config).keys()
     usable = torch.tensor([token for token in range(model.config.vocab_size) if token not in special])
     drawn = usable[torch.randint(len(usable), (count,), generator=generator)].tolist()
     bos = model.config.bos_token_id
@@ -119,18 +119,11 @@ def check_tokens(model: PreTrainedModel, tokens: list[int], count: int) -> None:
     for token in tokens:
         if not 0 <= token < size:
             raise ValueError(f"tokens: {token} is outside of the vocabulary, 0 to {size - 1}")
-    for name, token in _media(model).items():
+    for token, name in media_tokens(model.config).items():
         if token in tokens:
             raise ValueError(
                 f"tokens: {token} is the model's {name}; a text model cannot read it, leave it out"
             )
-
-
-def _media(model: PreTrainedModel) -> dict[str, int]:
-    """Ids that stand for something other than text, by the names that configurations give them."""
-    base = getattr(model.config, "base_config", None) or {}
-    found = {name: getattr(model.config, name, base.get(name)) for name in MEDIA}
-    return {name: token for name, token in found.items() if token is not None}
 
 
 def _as_list(token: int | list[int] | None) -> list[int]:

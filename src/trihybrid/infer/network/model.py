@@ -21,6 +21,7 @@ from trihybrid.infer.network.places import Chunk, Place, Turn
 from trihybrid.infer.states import States, StateShape
 from trihybrid.mixers.contract import Mixer
 from trihybrid.models.anatomy import anatomy
+from trihybrid.models.decoder.config import media_tokens
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.pattern import Slot
 from trihybrid.ops.softcap import softcap
@@ -38,6 +39,7 @@ class Network:
 
     Attributes:
         states: what the sequences carry.
+        media: id -> name of tokens that are no text.
         below: layers that every token of a prompt passes; the others store nothing.
 
     Raises:
@@ -52,6 +54,7 @@ class Network:
         self._nope = student and model.config.nope
         self._slots = model.config.slot_list() if student else [Slot((kind,)) for kind in self._body.kinds]
         self.device, self.dtype = model.device, self._decoder.embed_tokens.weight.dtype
+        self.media = media_tokens(model.config)
         self.vocabulary: int = self._decoder.embed_tokens.weight.shape[0]
         if student:
             _narrow(self._decoder, self.dtype)

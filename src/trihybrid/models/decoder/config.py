@@ -43,6 +43,13 @@ DERIVED = ("layer_types", "sliding_window", "final_logit_softcapping")
 """Fields on top that follow from the teacher and the slots."""
 
 
+def media_tokens(config: PreTrainedConfig) -> dict[int, str]:
+    """Id -> name of the tokens in whose place a multimodal model puts an image, sound or video, of a teacher or a
+    student."""
+    found = {getattr(config, name, None): name for name in MEDIA_TOKENS}
+    return {token: name for token, name in found.items() if token is not None}
+
+
 class SlotSizes(Protocol):
     """What converted slots are built from: a student's configuration, or a plan of one."""
 
@@ -119,9 +126,8 @@ class HybridConfig(PreTrainedConfig):
         return base
 
     def media_tokens(self) -> dict[int, str]:
-        """Id -> name of the tokens in whose place a multimodal model puts an image, sound or video."""
-        found = {getattr(self, name, None): name for name in MEDIA_TOKENS}
-        return {token: name for token, name in found.items() if token is not None}
+        """As the function of that name."""
+        return media_tokens(self)
 
     def slot_list(self) -> list[Slot]:
         return [Slot.from_dict(slot) for slot in self.slots or []]
