@@ -35,10 +35,16 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
 
 @pytest.mark.usefixtures("pieces")
 @pytest.mark.parametrize(
-    "layout", [{}, {"shards": 3}, {"text_only": True}], ids=["one file", "shards", "text"]
+    ("layout", "dtype", "text"),
+    [
+        ({}, torch.bfloat16, False),
+        ({}, torch.float32, True),
+        ({"shards": 3}, torch.float32, False),
+        ({"shards": 3}, torch.bfloat16, True),
+        ({"text_only": True}, torch.bfloat16, True),
+        ({"text_only": True}, torch.float32, False),
+    ],
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("text", [False, True], ids=["noise", "text"])
 def test_the_stream_is_the_operation_in_memory_to_the_bit(
     published, plan_of, calibration, tmp_path, layout, dtype, text
 ) -> None:

@@ -25,7 +25,12 @@ FLOAT32 = 1e-5
 # Prefill past the window of 8, single tokens, a block longer than the window, single tokens.
 CUTS = [0, 13, 14, 15, 30, *range(31, 37)]
 LAYOUTS = ["....", ".R.B", "BBBB", "WRWB", "RTWR"]
-CASES = list(itertools.product(TEACHERS, LAYOUTS))
+# Every family with two or three layouts, every layout with four or five families.
+CASES = [
+    (name, layout)
+    for (i, name), (j, layout) in itertools.product(enumerate(TEACHERS), enumerate(LAYOUTS))
+    if (i + j) % 2 == 0
+]
 # Every family once, and every layout at least once.
 TYPICAL = list(zip(TEACHERS, itertools.cycle(LAYOUTS[1:])))
 
