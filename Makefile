@@ -9,7 +9,8 @@ TRITON := .venv-triton
 # The lower bound in pyproject.toml; a test holds the two together.
 LOWEST_TRANSFORMERS := 5.17.0
 TRANSFORMERS_TESTS := $(wildcard tests/models tests/laws tests/surgery tests/distill)
-PIP_INSTALL := -m pip --disable-pip-version-check -q install -c constraints.txt
+# Modules are compiled when they are first imported: of the large libraries most never are.
+PIP_INSTALL := -m pip --disable-pip-version-check -q install --no-compile -c constraints.txt
 # Two processes; the tests of a file stay together, so that they share what they set up.
 PYTEST := -m pytest -q -n 2 --dist loadfile --durations=10
 
