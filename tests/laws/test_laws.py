@@ -162,8 +162,8 @@ CASES = [
     for subject in SUBJECTS
     if law.applies(subject)
     for dtype in law.dtypes
-    # What a published revision has of its own is the same in float32 as in float64.
-    if not (dtype == torch.float32 and subject.name in REVISIONS.keys() - {"hxa07i"})
+    # What the later revisions have of their own shows in float64; rounding is that of the first and of hxa07i.
+    if dtype == torch.float64 or subject.name not in REVISIONS.keys() - {"hxa079", "hxa07i"}
 ]
 
 

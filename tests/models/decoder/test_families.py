@@ -126,7 +126,7 @@ def test_chunks_with_a_preallocated_cache_are_one_pass(name, layout) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "layout"), CASES)
+@pytest.mark.parametrize(("name", "layout"), TYPICAL)
 def test_left_padding_changes_nothing(name, layout) -> None:
     model, ids = build_student(name, layout), tokens(1, 22)
     batch = torch.cat([torch.cat([torch.zeros(1, 6, dtype=torch.long), ids], 1), tokens(1, 28, seed=2)])
@@ -153,7 +153,7 @@ def test_packed_documents_are_separate(name, layout) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "layout"), CASES)
+@pytest.mark.parametrize(("name", "layout"), TYPICAL)
 def test_later_tokens_change_nothing_earlier(name, layout) -> None:
     model, ids = build_student(name, layout), tokens(1, 24)
     other = ids.clone()
