@@ -17,7 +17,7 @@ PYTEST := -m pytest -q -n 2 --dist loadfile --durations=10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test demo lint test-transformers test-triton browser-test clean
+.PHONY: help setup test test-long demo lint test-transformers test-triton browser-test clean
 
 help: ## this list
 	@echo "usage: make COMMAND [PYTHON=python3.12]"
@@ -29,6 +29,10 @@ setup: $(VENV)/.installed ## create .venv and install trihybrid into it, with it
 test: setup ## run the tests
 	@echo "testing: pytest, with the ten slowest tests at the end"
 	@$(VENV)/bin/python $(PYTEST)
+
+test-long: setup ## the tests that `make test` leaves out: more processes, benchmarks in small
+	@echo "testing: what takes long"
+	@$(VENV)/bin/python $(PYTEST) -m long
 
 demo: setup ## teacher, surgery, distillation, report, on this machine
 	@echo "running the demo"

@@ -28,16 +28,21 @@ PATIENCE = 30
 
 @dataclass
 class Gate:
-    """An engine whose steps wait while it is shut, and fail where a test says so."""
+    """An engine whose steps wait while it is shut, and fail where a test says so. It shuts after so many steps."""
 
     engine: Engine
     open: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
+    shuts_after: int | None = None
 
     def step(self) -> list:
         assert self.open.wait(PATIENCE)
         if self.error is not None:
             raise self.error
+        if self.shuts_after is not None:
+            self.shuts_after -= 1
+            if self.shuts_after == 0:
+                self.open.clear()
         return self.engine.step()
 
     def __getattr__(self, name: str) -> Any:

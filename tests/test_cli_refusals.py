@@ -119,6 +119,7 @@ def test_a_bad_checkpoint_is_refused(
     assert micro.listing(tmp_path) == before
 
 
+@pytest.mark.long
 def test_a_real_process_refuses_in_one_line_too(micro: ModuleType, teacher: Path) -> None:
     """With the log handlers and warnings of all libraries in place; here three tensors have another shape."""
     weights = load_file(teacher / "model.safetensors")

@@ -43,7 +43,7 @@ def test_every_row_is_a_recipe_that_differs_from_the_others(modules: dict[str, M
     assert len(recipes) == 12 and len(set(recipes.values())) == 12
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_teacher_and_a_row_end_in_the_page(
     call: Callable[..., int], micro_texts: Path, tmp_path: Path
 ) -> None:

@@ -30,7 +30,7 @@ def test_documents_that_encode_to_nothing_are_counted(sentencepiece_model: Path)
     assert (nothing.tokens_N.size, nothing.documents, nothing.skipped) == (0, 0, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_give_the_same_batches(
     sentencepiece_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

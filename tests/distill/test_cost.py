@@ -17,6 +17,7 @@ def rows() -> list[distill_e2b.Row]:
     return list(distill_e2b.measure(distill_e2b_models.tiny(), list(distill_e2b.PARTS), profile=False))
 
 
+@pytest.mark.long
 def test_all_parts_run_and_the_dense_form_has_the_same_loss(rows) -> None:
     assert not [row["failed"] for row in rows if "failed" in row]
     assert [(row["part"], row.get("kept")) for row in rows] == [

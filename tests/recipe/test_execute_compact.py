@@ -309,7 +309,7 @@ def test_the_model_is_drawn_alike_whatever_was_drawn_before(recipe: CompactRecip
         assert torch.equal(parameter, second.get_parameter(name)), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_one_model(
     micro: ModuleType, compact_recipe: Path, compact_run: Path, tmp_path: Path
 ) -> None:

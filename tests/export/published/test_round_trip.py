@@ -177,6 +177,7 @@ def test_weights_are_written_as_a_stream(tmp_path: Path, monkeypatch: pytest.Mon
     assert [path.name for path in (tmp_path / "ours").glob("*.safetensors*")] == ["model.safetensors"]
 
 
+@pytest.mark.long
 def test_an_imported_student_is_exported_like_any_other(
     bare_python: Callable[..., dict], tmp_path: Path
 ) -> None:

@@ -42,14 +42,14 @@ def test_what_runs_finishes_and_what_waits_is_refused(served_folder: Path, alone
 def test_what_is_too_long_is_ended_with_an_error(served_folder: Path) -> None:
     """The clock passes the grace while the engine is in a step."""
     with run(served_folder, grace=9, rows=1) as running, closing(running.connect()) as connection:
-        body = {"model": "tiny", "prompt": "x", "max_tokens": 400, "stream": True}
+        running.gate.shuts_after = 40
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 400, "stream": True, "temperature": 0}
         connection.request(
             "POST", "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         answer = connection.getresponse()
         assert answer.status == 200 and answer.readline().startswith(b"data: ")
         end(running)
-        running.gate.open.clear()
         running.clock.now = 9.0
         running.gate.open.set()
         lines = [line for line in answer.read().decode().splitlines() if line]
