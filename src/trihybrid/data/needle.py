@@ -6,12 +6,11 @@ Keys and values are those of the recall probes: nothing in the text between give
 1 / `values`. The document begins as a recall document does, so that a model that learned those knows what is asked.
 """
 
-import string
 from collections.abc import Sequence
 
 import numpy as np
 
-from .probes import RecallDocument
+from .probes import RecallDocument, draw_pairs
 
 
 def needle_documents(
@@ -44,12 +43,7 @@ def needle_documents(
 def _draw(
     generator: np.random.Generator, characters: int, haystack: str, pairs: int, values: int, joiner: str
 ) -> RecallDocument:
-    keys = generator.permutation(26)[:pairs]
-    drawn = generator.integers(values, size=pairs)
-    planted = [
-        string.ascii_uppercase[key] + joiner + string.ascii_lowercase[value]
-        for key, value in zip(keys, drawn, strict=True)
-    ]
+    planted = draw_pairs(generator, pairs, values, joiner)
     needle = "".join(f" {pair}" for pair in planted)
     length = max(2, characters - 2 * len(needle) - len("recall: ;;.\n"))
     start = int(generator.integers(len(haystack)))

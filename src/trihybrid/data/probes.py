@@ -147,15 +147,20 @@ def mix_documents(
     return [texts[number] for number in order]
 
 
-def _draw_document(
-    generator: np.random.Generator, pairs: int, rounds: int, values: int, gap: int, joiner: str
-) -> RecallDocument:
+def draw_pairs(generator: np.random.Generator, pairs: int, values: int, joiner: str) -> list[str]:
+    """Pairs of a key, a capital that no other pair has, and one of the first `values` small letters."""
     keys = generator.permutation(26)[:pairs]
     drawn = generator.integers(values, size=pairs)
-    planted = [
+    return [
         string.ascii_uppercase[key] + joiner + string.ascii_lowercase[value]
         for key, value in zip(keys, drawn, strict=True)
     ]
+
+
+def _draw_document(
+    generator: np.random.Generator, pairs: int, rounds: int, values: int, gap: int, joiner: str
+) -> RecallDocument:
+    planted = draw_pairs(generator, pairs, values, joiner)
     text = "recall:"
     latest: dict[int, int] = {}
     answers = []
