@@ -37,6 +37,9 @@ def serve(
     chunk: Annotated[
         int, typer.Option(help="Most tokens of prompts between two steps of the others.", min=1)
     ] = 512,
+    prefix_mib: Annotated[
+        float, typer.Option(help="MiB of states kept for prompts that begin alike; 0 for none.", min=0)
+    ] = 1024,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     execution: Annotated[
         str, typer.Option(help="How a step runs: eager, compiled (CPU), graph or fused-graph (GPU).")
@@ -60,7 +63,9 @@ def serve(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    limits = Limits(rows=rows, queue=queue, context=context, new_tokens=new_tokens, seconds=seconds)
+    limits = Limits(
+        rows=rows, queue=queue, context=context, new_tokens=new_tokens, seconds=seconds, prefix_mib=prefix_mib
+    )
     key = None if api_key_file is None else _key(api_key_file)
     if key is None and not is_loopback(host):
         errors.print(f"warning: {host} without --api-key-file: whoever reaches it may use it", markup=False)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trihybrid.infer.admission import Admission
 from trihybrid.infer.execution import Execution, make_decoder
 from trihybrid.infer.network import Network
 from trihybrid.infer.paging import EngineFull, PageBook
@@ -45,12 +46,15 @@ class Engine:
 
     Attributes:
         vocabulary: V.
+        chunk: as given.
 
     Raises:
-        ValueError: a number out of range; an execution that the device or the model cannot have, with the reason.
+        ValueError: a number out of range; states that do not fit into what is free, before anything is allocated; an
+            execution that the device or the model cannot have, with the reason.
     """
 
     vocabulary: int
+    chunk: int
 
     def __init__(
         self,
@@ -64,12 +68,12 @@ class Engine:
         for name, value in (("rows", rows), ("tokens", 1 if tokens is None else tokens), ("chunk", chunk)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        self._network = Network(model.eval().requires_grad_(False), rows, PAGE)
+        self._network = Network(model.eval().requires_grad_(False), rows, PAGE, tokens or 0)
         self._states = self._network.states
         self._book = PageBook(self._states, tokens)
         self._decoder = make_decoder(self._network, execution)
-        self._chunk = chunk
-        self.vocabulary = self._network.vocabulary
+        self.chunk, self.vocabulary = chunk, self._network.vocabulary
+        self._admission = Admission(self.vocabulary, self._network.media, self._network.positions)
         # Rows: those that decode stand in front, so that a step works on one slice.
         self._rows: list[Running | None] = [None] * rows
         self._ready = 0
@@ -122,7 +126,9 @@ class Engine:
             EngineFull: no room now. A sequence that could never fit is a plain ValueError.
             ValueError: an argument out of range; tokens that do not begin with those of the prefix.
         """
-        self._check(tokens, most, prefix, marks)
+        if prefix is not None:
+            self._check_held(prefix)
+        self._admission.check(tokens, most, prefix, marks)
         seen = 0 if prefix is None else len(prefix.tokens)
         shared = [] if prefix is None else prefix.pages[: seen // PAGE]
         # The last token is chosen and never read.
@@ -160,36 +166,6 @@ class Engine:
         self._waiting.append(sequence)
         return sequence.number
 
-    def _check(
-        self, tokens: Sequence[int], most: int, prefix: Snapshot | None, marks: Collection[int]
-    ) -> None:
-        if not len(tokens):
-            raise ValueError("tokens is empty; a sequence begins with at least one, as the tokenizer's BOS")
-        if not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
-            raise ValueError(
-                f"tokens span {min(tokens)} to {max(tokens)}; the vocabulary is 0 to {self.vocabulary - 1}"
-            )
-        media = next((token for token in tokens if token in self._network.media), None)
-        if media is not None:
-            raise ValueError(
-                f"tokens hold {media}, the {self._network.media[media]}: this is the text model alone, which has no "
-                "images, sound or video; leave them out of the prompt"
-            )
-        if most < 1:
-            raise ValueError(f"most is {most}; it must be at least 1")
-        seen = 0
-        if prefix is not None:
-            self._check_held(prefix)
-            seen = len(prefix.tokens)
-            if len(tokens) <= seen or tuple(tokens[:seen]) != prefix.tokens:
-                raise ValueError(
-                    f"prefix has seen {seen} tokens; a sequence that goes on from it begins with them and has one more"
-                )
-        if marks and not seen < min(marks) <= max(marks) < len(tokens):
-            raise ValueError(
-                f"marks span {min(marks)} to {max(marks)}; they lie in {seen + 1} to {len(tokens) - 1}"
-            )
-
     def step(self) -> list[Token]:
         """Work on at most `chunk` tokens of waiting prompts, then let every sequence that is ready choose one token.
 
@@ -220,7 +196,7 @@ class Engine:
     def _read_prompts(self) -> list[tuple[Running, int]]:
         """The first tokens of sequences whose prompt was read to its end."""
         begun: list[tuple[Running, int]] = []
-        left = self._chunk
+        left = self.chunk
         for sequence in list(self._waiting):
             logits_V = None
             while sequence.seen < len(sequence.tokens):
@@ -250,7 +226,7 @@ class Engine:
     def _border(self, sequence: Running) -> int:
         """Where the next piece of a prompt ends."""
         marks = [mark for mark in sequence.marks if mark > sequence.seen]
-        return min((sequence.seen // self._chunk + 1) * self._chunk, len(sequence.tokens), *marks)
+        return min((sequence.seen // self.chunk + 1) * self.chunk, len(sequence.tokens), *marks)
 
     def _decode(self, ready: list[Running]) -> list[tuple[Running, int]]:
         logits_BV = self._decoder(

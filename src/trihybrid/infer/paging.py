@@ -62,7 +62,11 @@ class PageBook:
                     f"{count * self.length:,} more tokens of keys and values do not fit: "
                     f"{len(self._free) * self.length:,} of {self.limit * self.length:,} are free"
                 )
-            capacity = max(2 * self._states.capacity, self._states.capacity + count)
+            needed = self._states.capacity + count - len(self._free)
+            doubled = max(2 * self._states.capacity, needed)
+            capacity = doubled if self._states.shortage(doubled) is None else needed
+            if (shortage := self._states.shortage(capacity)) is not None:
+                raise EngineFull(f"{shortage}; shorten the prompt, or ask for fewer tokens")
             self._grow(capacity)
             logger.info("keys and values: grown to %d pages of %d tokens", capacity - 1, self.length)
         pages = [heapq.heappop(self._free) for _ in range(count)]

@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trihybrid.infer.memory import free_bytes, gib
+
 
 @dataclass(frozen=True)
 class StateShape:
@@ -59,6 +61,10 @@ class States:
         length: L.
         dtype: of keys and values; matrices are float32, or float64 where it is.
         device: of everything.
+        tokens: how many the pages are going to hold, for the check alone; 0 where they grow as needed.
+
+    Raises:
+        ValueError: rows and tokens need more than the device has free; nothing was allocated.
     """
 
     def __init__(
@@ -68,10 +74,17 @@ class States:
         length: int,
         dtype: torch.dtype,
         device: torch.device,
+        tokens: int = 0,
     ) -> None:
         self.shapes, self.rows, self.length = shapes, rows, length
         self._dtype, self._device = dtype, device
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self._wide = torch.float64 if dtype == torch.float64 else torch.float32
+        needed, free = rows * self.row_bytes + tokens * self.token_bytes, free_bytes(device)
+        if free is not None and needed > free:
+            raise ValueError(
+                f"rows is {rows:,}, of {self.row_bytes:,} bytes each, and tokens is {tokens:,}, of {self.token_bytes:,}: "
+                f"together {gib(needed)} of {device}, where {gib(free)} are free; take fewer rows or tokens"
+            )
         self.rings: dict[int, Stored] = {}
         self.pages: dict[int, Stored] = {}
         self.matrices: dict[int, Tensor] = {}
@@ -79,7 +92,7 @@ class States:
         for shape in shapes:
             if shape.kind == "matrix":
                 sizes = (rows, shape.heads, shape.width, shape.width)
-                self.matrices[shape.layer] = torch.zeros(sizes, dtype=wide, device=device)
+                self.matrices[shape.layer] = torch.zeros(sizes, dtype=self._wide, device=device)
             elif shape.kind == "ring":
                 self.rings[shape.layer] = self._stored(rows, shape.window, shape)
             else:
@@ -92,14 +105,29 @@ class States:
     @property
     def row_bytes(self) -> int:
         """Bytes that a row holds at any length."""
-        rings = [part for ring in self.rings.values() for part in (ring.keys, ring.values)]
-        return sum(_bytes(part) for part in (*rings, *self.matrices.values())) // self.rows
+        rings = sum(2 * shape.window * shape.heads * shape.width for shape in self.shapes if shape.kind == "ring")
+        matrices = sum(shape.heads * shape.width**2 for shape in self.shapes if shape.kind == "matrix")
+        return rings * self._dtype.itemsize + matrices * self._wide.itemsize
 
     @property
     def token_bytes(self) -> int:
         """Bytes that one more token takes."""
         pages = [shape for shape in self.shapes if shape.kind == "pages"]
         return sum(2 * shape.heads * shape.width for shape in pages) * self._dtype.itemsize
+
+    def shortage(self, capacity: int) -> str | None:
+        """Why the store cannot have `capacity` pages in what is free now; None where it can, or where nobody knows."""
+        more = (capacity - self.capacity) * self.length
+        layers = sum(shape.kind == "pages" for shape in self.shapes)
+        # While a layer grows its old store is still there.
+        old = self.capacity * self.length * self.token_bytes // max(layers, 1)
+        needed, free = more * self.token_bytes + old, free_bytes(self._device)
+        if free is None or needed <= free:
+            return None
+        return (
+            f"room for {more:,} more tokens of keys and values needs {gib(needed)} of {self._device}, where {gib(free)} "
+            "are free"
+        )
 
     def grow(self, capacity: int) -> None:
         """Have `capacity` pages; the contents stay. The old and the new store exist together for a moment, a layer at a
@@ -194,6 +222,3 @@ class States:
     def _lines(self) -> list[Tensor]:
         return list(self._named_lines().values())
 
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -35,18 +35,19 @@ class Network:
     Args:
         model: it; parameters of our mixers that are wider than the rest are cast to the model's dtype, as each forward
             pass would, once.
-        rows, length: of its states (`States`).
+        rows, length, tokens: of its states (`States`).
 
     Attributes:
         states: what the sequences carry.
         media: id -> name of tokens that are no text.
+        positions: max_position_embeddings; None where the configuration has none.
         below: layers that every token of a prompt passes; the others store nothing.
 
     Raises:
         ValueError: a model type that `models.anatomy` does not know, or rotations that depend on the length.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: int, length: int) -> None:
+    def __init__(self, model: PreTrainedModel, rows: int, length: int, tokens: int = 0) -> None:
         self._model: Any = model
         self._decoder: Any = model.model
         student = isinstance(model, HybridForCausalLM)
@@ -55,10 +56,11 @@ class Network:
         self._slots = model.config.slot_list() if student else [Slot((kind,)) for kind in self._body.kinds]
         self.device, self.dtype = model.device, self._decoder.embed_tokens.weight.dtype
         self.media = media_tokens(model.config)
+        self.positions: int | None = getattr(model.config, "max_position_embeddings", None)
         self.vocabulary: int = self._decoder.embed_tokens.weight.shape[0]
         if student:
             _narrow(self._decoder, self.dtype)
-        self.states = States(self._shapes(), rows, length, self.dtype, self.device)
+        self.states = States(self._shapes(), rows, length, self.dtype, self.device, tokens)
         storing = [shape.layer for shape in self.states.shapes]
         self.below = max(storing) + 1
         self._norm = Norm(self._decoder.norm, self._body.norm == "one_plus_weight")

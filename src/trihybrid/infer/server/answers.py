@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 from trihybrid.infer.engine import Finish
 
 
-def usage(prompt: int, chosen: int) -> dict[str, int]:
-    """Counts of tokens: of the prompt, BOS and the template's included; of the answer, its end token included."""
-    return {"prompt_tokens": prompt, "completion_tokens": chosen, "total_tokens": prompt + chosen}
+def usage(prompt: int, chosen: int, cached: int) -> dict[str, Any]:
+    """Counts of tokens: of the prompt, BOS and the template's included; of the answer, its end token included; of the
+    prompt's, those that a kept state had seen."""
+    counts = {"prompt_tokens": prompt, "completion_tokens": chosen, "total_tokens": prompt + chosen}
+    return counts | {"prompt_tokens_details": {"cached_tokens": cached}}
 
 
 class TextAnswer:
@@ -26,7 +28,7 @@ class TextAnswer:
     def __init__(self, model: str) -> None:
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, text: str, finish: Finish, counts: dict[str, int]) -> dict[str, Any]:
+    def whole(self, text: str, finish: Finish, counts: dict[str, Any]) -> dict[str, Any]:
         """All of it."""
         choice = {"index": 0, **self._content(text), "finish_reason": finish, "logprobs": None}
         return {**self._head, "object": self.whole_object, "choices": [choice], "usage": counts}
@@ -39,7 +41,7 @@ class TextAnswer:
         """A piece of the text; the last one tells why it ends."""
         return self._chunk([{"index": 0, **self._part(text), "finish_reason": finish, "logprobs": None}])
 
-    def closing(self, counts: dict[str, int]) -> dict[str, Any]:
+    def closing(self, counts: dict[str, Any]) -> dict[str, Any]:
         """The usage, which goes behind the text on request."""
         return {**self._chunk([]), "usage": counts}
 

@@ -114,7 +114,7 @@ async def _whole(ticket: Ticket, answer: TextAnswer) -> dict[str, Any]:
     while piece.finish is None:
         parts.append(piece := await ticket.next())
     text = "".join(part.text for part in parts)
-    return answer.whole(text, piece.finish, usage(len(ticket.work.tokens), piece.chosen))
+    return answer.whole(text, piece.finish, usage(len(ticket.work.tokens), piece.chosen, ticket.cached))
 
 
 def _answer(refusal: Refusal) -> Response:

@@ -65,7 +65,7 @@ async def _events(ticket: Ticket, first: Piece, answer: TextAnswer, with_usage: 
             return
         yield event(answer.piece(piece.text, piece.finish))
     if with_usage:
-        yield event(answer.closing(usage(len(ticket.work.tokens), piece.chosen)))
+        yield event(answer.closing(usage(len(ticket.work.tokens), piece.chosen, ticket.cached)))
     yield "data: [DONE]\n\n"
 
 

@@ -12,6 +12,9 @@ class Limits(BaseModel):
     context: int = Field(default=8192, ge=2, description="tokens of a prompt and its answer together")
     new_tokens: int = Field(default=1024, ge=1, description="longest answer where a request does not say")
     seconds: float = Field(default=600, gt=0, description="time from a request's arrival to its last token")
+    prefix_mib: float = Field(
+        default=1024, ge=0, le=2**30, description="MiB of states kept for prompts that begin alike; 0 keeps none"
+    )
 
     @property
     def body_bytes(self) -> int:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from trihybrid.data.tokens import TextTokenizer
-from trihybrid.infer.engine import Engine, EngineFull, Finish
+from trihybrid.infer.engine import Engine, EngineFull, Finish, Snapshot
+from trihybrid.infer.prefixes import Prefixes
 from trihybrid.infer.sampling import Sampling
 from trihybrid.infer.server.limits import Limits, Refusal
 from trihybrid.infer.server.metrics import Metrics
@@ -58,7 +59,8 @@ class Ticket:
 
     def __init__(self, scheduler: "Scheduler", work: Work, stream: TextStream, arrival: float) -> None:
         self.work, self.stream, self.arrival = work, stream, arrival
-        self.chosen = 0
+        # Tokens: of the answer so far, and of the prompt those that a kept state had seen.
+        self.chosen = self.cached = 0
         self._scheduler = scheduler
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[Piece | Refusal] = asyncio.Queue()
@@ -90,7 +92,7 @@ class Scheduler:
     Args:
         engine: with `limits.rows` rows, idle; only the scheduler's thread calls it from now on.
         tokenizer: the model's.
-        limits: rows, queue and seconds are this class's.
+        limits: rows, queue, seconds and the memory for prefixes are this class's.
         metrics: where it counts.
         clock: seconds, as `time.monotonic`.
     """
@@ -105,6 +107,7 @@ class Scheduler:
     ) -> None:
         self._engine, self._tokenizer = engine, tokenizer
         self._limits, self._metrics, self._clock = limits, metrics, clock
+        self._prefixes = Prefixes(engine, int(limits.prefix_mib * 2**20))
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: deque[Ticket] = deque()
         self._running: dict[int, Ticket] = {}
@@ -211,20 +214,41 @@ class Scheduler:
         """Let those who wait join the engine, first come, first served."""
         while self._waiting and self._engine.free_rows:
             ticket, work = self._waiting[0], self._waiting[0].work
+            prefix = self._prefixes.longest(work.tokens)
+            seen = 0 if prefix is None else len(prefix.tokens)
             try:
                 number = self._engine.add(
-                    work.tokens, most=work.most, sampling=work.sampling, stops=work.ends
+                    work.tokens,
+                    most=work.most,
+                    sampling=work.sampling,
+                    stops=work.ends,
+                    prefix=prefix,
+                    marks=self._prefixes.marks(work.tokens, seen),
                 )
-            except EngineFull:
-                break
+            except EngineFull as error:
+                if self._prefixes.evict():
+                    self._metrics.prefix_evicted.inc()
+                    continue
+                if self._running:
+                    break
+                self._end(ticket, "refused", Refusal(503, "out_of_memory", str(error)))
+                continue
             except ValueError as error:
                 self._end(ticket, "refused", Refusal(400, "invalid_value", str(error)))
                 continue
             self._running[number] = self._waiting.popleft()
+            ticket.cached = seen
+            self._metrics.prefix_hits.inc(seen > 0)
+            self._metrics.prefix_tokens.inc(seen)
         self._count()
 
     def _advance(self) -> None:
-        for token in self._engine.step():
+        tokens = self._engine.step()
+        for number, ticket in self._running.items():
+            if ticket.chosen == 0:
+                for snapshot in self._engine.collect(number):
+                    self._keep(snapshot)
+        for token in tokens:
             ticket = self._running[token.sequence]
             if ticket.chosen == 0:
                 self._metrics.first_token.observe(self._clock() - ticket.arrival)
@@ -236,9 +260,20 @@ class Scheduler:
                 text += ticket.stream.finish()
             finish = "stop" if ticket.stream.stopped else token.finish
             if finish is not None:
+                self._keep_answer(token.sequence, ticket)
                 self._end(ticket, finish, Piece(text, ticket.chosen, finish))
             elif text:
                 ticket.deliver(Piece(text, ticket.chosen, None))
+
+    def _keep(self, snapshot: Snapshot) -> None:
+        self._metrics.prefix_evicted.inc(self._prefixes.keep(snapshot))
+
+    def _keep_answer(self, number: int, ticket: Ticket) -> None:
+        """Keep the state behind an answer, for the next turn of a conversation."""
+        if self._prefixes.fits(len(ticket.work.tokens) + ticket.chosen):
+            # Without a page for its end it is left away.
+            with contextlib.suppress(EngineFull):
+                self._keep(self._engine.snapshot(number))
 
     def _end(self, ticket: Ticket, end: str, last: Piece | Refusal | None) -> None:
         """Let a request leave, count it, then tell it; nothing for one that has left."""
@@ -275,3 +310,5 @@ class Scheduler:
     def _count(self) -> None:
         self._metrics.running.set(len(self._running))
         self._metrics.waiting.set(len(self._waiting))
+        self._metrics.prefix_states.set(len(self._prefixes))
+        self._metrics.prefix_bytes.set(self._prefixes.bytes)
