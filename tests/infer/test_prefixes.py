@@ -1,6 +1,5 @@
-"""Kept states: which one a prompt goes on from, where they are taken, what they hold, and that nothing changes by them."""
+"""Kept states: which one a prompt goes on from, where they are taken, what they hold, and that tokens stay the same."""
 
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -50,8 +49,8 @@ def write(engine: Engine, tokens: list[int], prefixes: Prefixes | None = None) -
 
 
 @pytest.fixture
-def engine() -> Iterator[Engine]:
-    yield Engine(student(), rows=2, chunk=CHUNK)
+def engine() -> Engine:
+    return Engine(student(), rows=2, chunk=CHUNK)
 
 
 def seen(prefixes: Prefixes, tokens: list[int]) -> int:
@@ -78,7 +77,7 @@ def test_where_prompts_part_a_state_is_kept_from_the_second_on(engine: Engine) -
     write(engine, FIRST, prefixes)
     assert sorted(prefixes.marks(PARTING, 32)) == [48, 64, 79]
     write(engine, PARTING, prefixes)
-    assert seen(prefixes, FIRST[:50] + [7, 8, 9]) == 48
+    assert seen(prefixes, [*FIRST[:50], 7, 8, 9]) == 48
 
 
 @pytest.mark.parametrize("budget", [2**20, 40_000, 12_000, 0])

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from trihybrid.cli.frame import app, console
+from trihybrid.cli.frame import WeightsName, app, console
 
 
 @app.command()
@@ -26,6 +26,7 @@ def bench(
     execution: Annotated[
         str, typer.Option(help="How a step runs: eager, compiled (CPU), graph or fused-graph (GPU).")
     ] = "eager",
+    weights: WeightsName = "full",
     device: Annotated[str, typer.Option(help="As torch names it: cpu, cuda.")] = "cpu",
     out: Annotated[
         Path | None, typer.Option(help="Write speed.html, figures and speed.json into this folder.")
@@ -49,11 +50,13 @@ def bench(
             context or [128, 512, 2048],
             batch or [1, 4],
             execution=execution,  # type: ignore[arg-type]
+            weights=weights,  # type: ignore[arg-type]
         )
         del loaded
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         machine = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {execution}"
+        machine += f", weights {weights}"
         (out / "speed.html").write_text(speed_page(f"Speed of {model.name}", rows, machine), encoding="utf-8")
         for name, png in speed_figures(rows).items():
             (out / f"{name}.png").write_bytes(png)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trihybrid.cli.frame import app, complain, console
+from trihybrid.cli.frame import WeightsName, app, complain, console
 
 if TYPE_CHECKING:
     from trihybrid.infer.chat import Chat
@@ -32,6 +32,7 @@ def chat(
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     system: Annotated[str, typer.Option(help="What the conversation begins with.")] = "",
+    weights: WeightsName = "full",
 ) -> None:
     """Talk with a model. Without a chat template in its folder, what you write and what it writes is one text.
 
@@ -49,7 +50,7 @@ def chat(
     loaded, tokenizer = load_model(model), Tokenizer.from_file(model)
     prompt = ChatPrompt(model) if has_chat_template(model) else None
     ends = end_tokens(loaded, tokenizer)
-    talk = Chat(Engine(loaded), tokenizer, prompt, ends, tokens, sampling, system)
+    talk = Chat(Engine(loaded, weights=weights), tokenizer, prompt, ends, tokens, sampling, system)
     made_by = identity(model, tokenizer)
     console.print(HELP, markup=False, highlight=False)
     if prompt is None:

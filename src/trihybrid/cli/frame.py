@@ -31,6 +31,13 @@ RecipeName = Annotated[str, typer.Argument(help="A YAML file, or the name of a s
 RecipeOut = Annotated[
     Path | None, typer.Option("--out", help="Run directory; runs/<recipe name> if not given.")
 ]
+WeightsName = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        help="How linear maps are kept: full, or int8 or int4 (pip install 'trihybrid[quantize]').",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what the run directory holds.")]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import trihybrid
-from trihybrid.cli.frame import app, console, results_table, score_table
+from trihybrid.cli.frame import WeightsName, app, console, results_table, score_table
 
 TOKENIZER = (
     "Tokenizer of an artifact: `bytes`, a tokenizer.json or a .model file. Looked for beside it if not given."
@@ -108,13 +108,14 @@ def generate(
         list[str] | None, typer.Option(help="A string before which the text ends (folder); repeat it.")
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER)] = None,
+    weights: WeightsName = "full",
 ) -> None:
     """Continue a text. Of a folder it is written as it comes."""
     if model.is_file():
-        if top_p != 1 or min_p != 0 or repetition_penalty != 1 or stop:
+        if top_p != 1 or min_p != 0 or repetition_penalty != 1 or stop or weights != "full":
             raise ValueError(
-                f"{model}: --top-p, --min-p, --repetition-penalty and --stop are for a folder; give one, or leave "
-                "them away"
+                f"{model}: --top-p, --min-p, --repetition-penalty, --stop and --weights are for a folder; give one, "
+                "or leave them away"
             )
         from trihybrid.infer.sample import sample
         from trihybrid.recipe.artifact import find_tokenizer, load_artifact
@@ -135,7 +136,7 @@ def generate(
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         loaded = load_model(model)
         opened = Tokenizer.from_file(model)
-        parts = pieces(Engine(loaded), opened, prompt, tokens, sampling, stop or ())
+        parts = pieces(Engine(loaded, weights=weights), opened, prompt, tokens, sampling, stop or ())
         sys.stdout.write(prompt)
         for part in parts:
             sys.stdout.write(part)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from trihybrid.cli.frame import app, console, errors
+from trihybrid.cli.frame import WeightsName, app, console, errors
 
 
 @app.command()
@@ -44,6 +44,7 @@ def serve(
     execution: Annotated[
         str, typer.Option(help="How a step runs: eager, compiled (CPU), graph or fused-graph (GPU).")
     ] = "eager",
+    weights: WeightsName = "full",
     threads: Annotated[
         int | None, typer.Option(help="Threads of torch on the CPU; 1 is best for small models.", min=1)
     ] = None,
@@ -72,7 +73,7 @@ def serve(
     with (
         bind(host, port) as listening,
         open_server(
-            model, name or model.resolve().name, limits, key, grace, chunk, device, execution
+            model, name or model.resolve().name, limits, key, grace, chunk, device, execution, weights
         ) as server,
     ):
         address = f"[{host}]" if ":" in host else host

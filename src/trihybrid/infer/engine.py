@@ -26,6 +26,7 @@ from trihybrid.infer.network import Network
 from trihybrid.infer.paging import EngineFull, PageBook
 from trihybrid.infer.sampling import GREEDY, Sampling, choose
 from trihybrid.infer.sequence import PAGE, Finish, Running, Snapshot, Token
+from trihybrid.infer.weights import Weights
 
 __all__ = ["PAGE", "Engine", "EngineFull", "Execution", "Finish", "Snapshot", "Token"]
 
@@ -43,6 +44,7 @@ class Engine:
         execution: how a decoding step runs: `eager` launches operator by operator; on a CPU `compiled` is a program of
             torch.compile, a minute or more at the start; on a GPU `graph` replays a CUDA graph, `fused-graph` one
             whose small operators torch.compile has fused.
+        weights: how the linear maps are kept: `full`, or quantised to `int8` or `int4`, see `infer.weights`.
 
     Attributes:
         vocabulary: V.
@@ -50,7 +52,7 @@ class Engine:
 
     Raises:
         ValueError: a number out of range; states that do not fit into what is free, before anything is allocated; an
-            execution that the device or the model cannot have, with the reason.
+            execution or weights that the device or the model cannot have, with the reason.
     """
 
     vocabulary: int
@@ -64,11 +66,12 @@ class Engine:
         tokens: int | None = None,
         chunk: int = 512,
         execution: Execution = "eager",
+        weights: Weights = "full",
     ) -> None:
         for name, value in (("rows", rows), ("tokens", 1 if tokens is None else tokens), ("chunk", chunk)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        self._network = Network(model.eval().requires_grad_(False), rows, PAGE, tokens or 0)
+        self._network = Network(model.eval().requires_grad_(False), rows, PAGE, tokens or 0, weights)
         self._states = self._network.states
         self._book = PageBook(self._states, tokens)
         self._decoder = make_decoder(self._network, execution)

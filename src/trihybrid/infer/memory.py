@@ -15,7 +15,9 @@ def free_bytes(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0] + pooled
     if device.type != "cpu" or not MEMINFO.is_file():
         return None
-    found = [line for line in MEMINFO.read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable:")]
+    found = [
+        line for line in MEMINFO.read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable:")
+    ]
     return 1024 * int(found[0].split()[1]) if found else None
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trihybrid.infer.engine import Engine, Execution
+from trihybrid.infer.weights import Weights
 
 STEPS = 16
 Clock = Callable[[], float]
@@ -45,6 +46,7 @@ def measure_speed(
     batches: Sequence[int],
     chunk: int = 512,
     execution: Execution = "eager",
+    weights: Weights = "full",
     clock: Clock = time.perf_counter,
 ) -> list[SpeedRow]:
     """A row for every context and batch, in this order, on random tokens. The first steps, which warm up, do not count.
@@ -53,18 +55,18 @@ def measure_speed(
         name: of the model in the rows.
         model: teacher or student; an engine takes it over.
         contexts, batches: each at least 1.
-        chunk, execution: of the engine.
+        chunk, execution, weights: of the engine.
         clock: seconds.
 
     Raises:
-        ValueError: a context or a batch below 1.
+        ValueError: a context or a batch below 1, or states that do not fit.
     """
     for what, numbers in (("context", contexts), ("batch", batches)):
         if not numbers or min(numbers) < 1:
             raise ValueError(f"{what} is {list(numbers)}; give numbers of at least 1")
     # Room for all from the start, so that nothing grows while the clock runs.
     room = max(batches) * (max(contexts) + 2 * STEPS + 64)
-    engine = Engine(model, rows=max(batches), tokens=room, chunk=chunk, execution=execution)
+    engine = Engine(model, rows=max(batches), tokens=room, chunk=chunk, execution=execution, weights=weights)
     _row(name, engine, min(contexts), 1, clock)
     return [_row(name, engine, context, batch, clock) for context in contexts for batch in batches]
 

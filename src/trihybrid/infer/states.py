@@ -11,6 +11,7 @@ Legend: R rows, W window, G key/value heads, N head width, P pages, L tokens of 
 width.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from trihybrid.infer.memory import free_bytes, gib
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,14 @@ class States:
         needed, free = rows * self.row_bytes + tokens * self.token_bytes, free_bytes(device)
         if free is not None and needed > free:
             raise ValueError(
-                f"rows is {rows:,}, of {self.row_bytes:,} bytes each, and tokens is {tokens:,}, of {self.token_bytes:,}: "
-                f"together {gib(needed)} of {device}, where {gib(free)} are free; take fewer rows or tokens"
+                f"rows is {rows:,}, of {self.row_bytes:,} bytes each, and tokens is {tokens:,}, of "
+                f"{self.token_bytes:,}: together {gib(needed)} of {device}, where {gib(free)} are free; "
+                "take fewer rows or tokens"
             )
+        logger.info(
+            "states: %d rows of %s bytes and %s tokens of %s bytes, together %s",
+            rows, f"{self.row_bytes:,}", f"{tokens:,}", f"{self.token_bytes:,}", gib(needed),
+        )  # fmt: skip
         self.rings: dict[int, Stored] = {}
         self.pages: dict[int, Stored] = {}
         self.matrices: dict[int, Tensor] = {}
@@ -105,7 +113,9 @@ class States:
     @property
     def row_bytes(self) -> int:
         """Bytes that a row holds at any length."""
-        rings = sum(2 * shape.window * shape.heads * shape.width for shape in self.shapes if shape.kind == "ring")
+        rings = sum(
+            2 * shape.window * shape.heads * shape.width for shape in self.shapes if shape.kind == "ring"
+        )
         matrices = sum(shape.heads * shape.width**2 for shape in self.shapes if shape.kind == "matrix")
         return rings * self._dtype.itemsize + matrices * self._wide.itemsize
 
@@ -125,8 +135,8 @@ class States:
         if free is None or needed <= free:
             return None
         return (
-            f"room for {more:,} more tokens of keys and values needs {gib(needed)} of {self._device}, where {gib(free)} "
-            "are free"
+            f"room for {more:,} more tokens of keys and values needs {gib(needed)} of {self._device}, where "
+            f"{gib(free)} are free"
         )
 
     def grow(self, capacity: int) -> None:
@@ -221,4 +231,3 @@ class States:
 
     def _lines(self) -> list[Tensor]:
         return list(self._named_lines().values())
-

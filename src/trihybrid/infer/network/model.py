@@ -19,6 +19,7 @@ from trihybrid.infer.network.mixers import SlotMixers
 from trihybrid.infer.network.parts import Fusion, Norm, Rotary
 from trihybrid.infer.network.places import Chunk, Place, Turn
 from trihybrid.infer.states import States, StateShape
+from trihybrid.infer.weights import Weights, quantise, tensor_bytes
 from trihybrid.mixers.contract import Mixer
 from trihybrid.models.anatomy import anatomy
 from trihybrid.models.decoder.config import media_tokens
@@ -36,6 +37,7 @@ class Network:
         model: it; parameters of our mixers that are wider than the rest are cast to the model's dtype, as each forward
             pass would, once.
         rows, length, tokens: of its states (`States`).
+        weights: how linear maps are kept, see `quantise`.
 
     Attributes:
         states: what the sequences carry.
@@ -47,7 +49,9 @@ class Network:
         ValueError: a model type that `models.anatomy` does not know, or rotations that depend on the length.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: int, length: int, tokens: int = 0) -> None:
+    def __init__(
+        self, model: PreTrainedModel, rows: int, length: int, tokens: int = 0, weights: Weights = "full"
+    ) -> None:
         self._model: Any = model
         self._decoder: Any = model.model
         student = isinstance(model, HybridForCausalLM)
@@ -60,6 +64,7 @@ class Network:
         self.vocabulary: int = self._decoder.embed_tokens.weight.shape[0]
         if student:
             _narrow(self._decoder, self.dtype)
+        quantise(self._decoder.layers, weights)
         self.states = States(self._shapes(), rows, length, self.dtype, self.device, tokens)
         storing = [shape.layer for shape in self.states.shapes]
         self.below = max(storing) + 1
@@ -82,7 +87,7 @@ class Network:
     def weight_bytes(self) -> int:
         """Bytes of all parameters and buffers, each once."""
         seen = {id(t): t for t in (*self._model.parameters(), *self._model.buffers())}
-        return sum(t.numel() * t.element_size() for t in seen.values())
+        return sum(tensor_bytes(t) for t in seen.values())
 
     @property
     def has_experts(self) -> bool:

@@ -13,7 +13,10 @@ class Limits(BaseModel):
     new_tokens: int = Field(default=1024, ge=1, description="longest answer where a request does not say")
     seconds: float = Field(default=600, gt=0, description="time from a request's arrival to its last token")
     prefix_mib: float = Field(
-        default=1024, ge=0, le=2**30, description="MiB of states kept for prompts that begin alike; 0 keeps none"
+        default=1024,
+        ge=0,
+        le=2**30,
+        description="MiB of states kept for prompts that begin alike; 0 keeps none",
     )
 
     @property

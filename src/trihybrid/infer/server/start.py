@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 from trihybrid.data.tokens import Tokenizer
 from trihybrid.infer.chat import end_tokens
@@ -27,6 +28,7 @@ def open_server(
     chunk: int = 512,
     device: str = "cpu",
     execution: str = "eager",
+    weights: str = "full",
 ) -> Iterator[Server]:
     """A server that can be run; its threads end with the context.
 
@@ -36,7 +38,7 @@ def open_server(
         limits: of requests.
         key: what clients must send; None lets everybody.
         grace: seconds that running requests have when it ends.
-        chunk, execution: as of `Engine`.
+        chunk, execution, weights: as of `Engine`.
         device: of the model.
 
     Raises:
@@ -48,7 +50,8 @@ def open_server(
     except RuntimeError as error:
         raise ValueError(f"device {device}: {error}") from None
     ends = frozenset(end_tokens(model, tokenizer))
-    engine = Engine(model, rows=limits.rows, chunk=chunk, execution=execution)  # type: ignore[arg-type]
+    how: Any = {"execution": execution, "weights": weights}
+    engine = Engine(model, rows=limits.rows, chunk=chunk, **how)
     with assemble(
         engine, Served(folder, tokenizer, engine.vocabulary, ends, name, limits), key, grace
     ) as server:
