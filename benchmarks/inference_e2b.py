@@ -1,6 +1,7 @@
 """Inference at Gemma-4 E2B's true shape: student and teacher in our engine, and the teacher in transformers.
 
     python benchmarks/inference_e2b.py [--seconds 230] [--parts student,teacher,peer] [--long] [--json FOLDER]
+    python benchmarks/inference_e2b.py --only long [--seconds 90]     the student's long context and nothing else
     python benchmarks/inference_e2b.py --tiny        the same in small, on the CPU: a rehearsal
 
 Weights are random and made on the device; the student is the plan of the model card. One row a measurement, printed as
@@ -31,6 +32,7 @@ from trihybrid.infer.engine import Engine, Execution, Snapshot
 
 PARTS = ("student", "teacher", "peer")
 STEPS = 48
+ROOM = 8192
 PEER = Path(__file__).with_name("inference_e2b_peer.py")
 
 
@@ -40,13 +42,16 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="small shapes on the CPU")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--long", action="store_true", help="the long context too")
+    parser.add_argument("--only", choices=["long"], help="this measurement alone, in an engine of one row")
     parser.add_argument("--seconds", type=float, default=230.0, help="what does not fit is left out")
     parser.add_argument("--json", type=Path, metavar="FOLDER", help="write inference_e2b.json there")
     given = parser.parse_args()
     scale = TINY if given.tiny else TRUE
     run = Run(scale, time.monotonic() + given.seconds, given.json)
     run.note(limits(scale))
-    parts = given.parts.split(",")
+    parts = [] if given.only else given.parts.split(",")
+    if given.only == "long":
+        measure_long(run)
     for part in ("student", "teacher"):
         if part in parts:
             measure_engine(run, part, given.long)
@@ -83,12 +88,14 @@ def measure_engine(run: Run, part: str, long: bool) -> None:
     model = build(scale, part)
     synchronise(scale.device)
     run.note({"model": part, "what": "build", "seconds": round(time.perf_counter() - began, 1)})
+    most = max(*scale.contexts, scale.long if long else 0, scale.batch * (scale.batch_context + 128))
+    room = most + ROOM
     for execution in scale.executions:
         fused = execution == "fused-graph"
         if fused and not run.fits(40 if part == "student" else 60, part, "decode in fused graphs"):
             return
         try:
-            bench = EngineBench(run, part, model, execution)
+            bench = EngineBench(run, part, model, execution, scale.batch, room)
             for context in scale.contexts:
                 if run.fits(15 if context < 100_000 else 25, part, f"{context} tokens"):
                     bench.alone(context, prefill=not fused)
@@ -105,6 +112,19 @@ def measure_engine(run: Run, part: str, long: bool) -> None:
             torch.cuda.empty_cache()
 
 
+def measure_long(run: Run) -> None:
+    """Prefill and decoding of the student behind the long context."""
+    scale, part = run.scale, "student"
+    model = build(scale, part)
+    try:
+        bench = EngineBench(run, part, model, scale.executions[0], rows=1, tokens=scale.long + ROOM)
+        bench.alone(scale.long, prefill=True)
+    except (RuntimeError, ValueError) as error:
+        if scale.device == "cpu":
+            raise
+        run.note({"model": part, "what": f"failed ({scale.long} tokens)", "error": str(error)[-600:]})
+
+
 class EngineBench:
     """A model in an engine with room for what is asked of it.
 
@@ -113,19 +133,21 @@ class EngineBench:
         part: `student` or `teacher`.
         model: it.
         execution: of decoding steps.
+        rows, tokens: of the engine.
     """
 
-    def __init__(self, run: Run, part: str, model: PreTrainedModel, execution: Execution) -> None:
+    def __init__(
+        self, run: Run, part: str, model: PreTrainedModel, execution: Execution, rows: int, tokens: int
+    ) -> None:
         self._run, self._part, self._execution = run, part, execution
         scale = run.scale
-        room = max(*scale.contexts, scale.long, scale.batch * (scale.batch_context + 128)) + 8192
-        self._engine = Engine(model, rows=scale.batch, tokens=room, chunk=scale.chunk, execution=execution)
+        self._engine = Engine(model, rows=rows, tokens=tokens, chunk=scale.chunk, execution=execution)
         memory = self._engine.memory()
         table = getattr(model.model, "embed_tokens_per_layer", None)
         looked_up = 0 if table is None else table.weight.numel() * table.weight.element_size()
         # The embedding is the head too, and is read whole once.
         self._read = memory["weights"] - looked_up
-        self._state, self._token = memory["rows"] // scale.batch, memory["token"]
+        self._state, self._token = memory["rows"] // rows, memory["token"]
         self._copy = run.rows[0]["copy_TBps"] * 1e12
         self._rows: Row = {"model": part, "execution": execution}
         # The first chunks compile kernels.
