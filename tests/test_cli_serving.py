@@ -13,6 +13,7 @@ import pytest
 from small_student import make_student
 from trihybrid.cli import serving
 from trihybrid.data.tokens import Tokenizer
+from trihybrid.infer import states, weights
 
 JSON = {"Content-Type": "application/json"}
 
@@ -79,3 +80,22 @@ def test_what_cannot_be_served_is_refused(micro: ModuleType, model: Path, tmp_pa
         ]
         for command, message in cases:
             assert message in micro.refusal(micro.trihybrid(*command))
+
+
+@pytest.mark.parametrize(
+    "command", [("chat",), ("serve", "--port", 0), ("bench", "--batch", 1), ("generate", "once upon")]
+)
+def test_weights_that_need_torchao_are_refused_without_it(
+    micro: ModuleType, model: Path, monkeypatch: pytest.MonkeyPatch, command: tuple
+) -> None:
+    monkeypatch.setattr(weights, "find_spec", lambda name: None)
+    line = micro.refusal(micro.trihybrid(command[0], model, *command[1:], "--weights", "int8"))
+    assert line == "error: weights is \"int8\", which needs torchao: pip install 'trihybrid[quantize]'"
+
+
+def test_a_million_tokens_are_refused_in_bytes(
+    micro: ModuleType, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(states, "free_bytes", lambda device: 2**20)
+    line = micro.refusal(micro.trihybrid("bench", model, "--context", 1_000_000, "--batch", 1))
+    assert "tokens is 1,000,096, of 64: together 0.06 GiB of cpu, where 0.00 GiB are free" in line

@@ -22,6 +22,15 @@ from trihybrid.infer.network.parts import Fusion
 
 logger = logging.getLogger(__name__)
 
+COMPILING: dict[str, Any] = {
+    "cpp_wrapper": True,
+    "cpp_wrapper_build_separate": True,
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+}
+"""A step as one C++ function that calls kernels. They are a source of their own: in one with it, the function, 280 KB
+for six layers, is optimised like a kernel, which takes most of the time and makes nothing faster; and without the
+function each kernel is a source that reads all headers."""
+
 Execution = Literal["eager", "graph", "compiled", "fused-graph"]
 
 
@@ -62,7 +71,7 @@ class CompiledDecoder(EagerDecoder):
 
     def __init__(self, network: Network, backend: str = "inductor") -> None:
         super().__init__(network)
-        options: dict[str, Any] | None = {"cpp_wrapper": True} if backend == "inductor" else None
+        options = COMPILING if backend == "inductor" else None
         self._decode = torch.compile(network.decode, backend=backend, fullgraph=True, options=options)
         self._known: set[tuple[int, int]] = set()
 

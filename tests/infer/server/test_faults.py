@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from running_server import NAME, PATIENCE, Running, request, run, wait
+from trihybrid.infer import states
 from trihybrid.infer.sampling import Sampling
 
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
@@ -259,3 +260,17 @@ def test_a_broken_engine_is_told_and_nothing_hangs(
         assert running.send("GET", "/health") == (503, {"status": "engine_failed"})
         assert running.samples()["trihybrid_ended_total failed"] == 2
     assert "out of memory" in caplog.text
+
+
+def test_what_memory_cannot_hold_is_told_and_others_are_served(
+    served_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """512 tokens have room from the start; with nothing free, no more can be had, though kept states leave."""
+    with run(served_folder, rows=1, context=2000) as running:
+        assert running.ask(prompt="x" * 100)[0] == 200
+        monkeypatch.setattr(states, "free_bytes", lambda device: 0)
+        status, code, message = error(running.ask(prompt="x" * 600))
+        assert (status, code) == (503, "out_of_memory")
+        assert "more tokens of keys and values needs 0.00 GiB of cpu, where 0.00 GiB are free" in message
+        assert running.samples()["trihybrid_prefix_states"] == 0
+        assert running.ask()[0] == 200
