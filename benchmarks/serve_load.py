@@ -3,11 +3,11 @@
     python benchmarks/serve_load.py [--clients 64] [--seconds 120] [--json FOLDER]
 
 Makes a tiny random student, starts the server on it in a process of its own, asks every client's request once alone,
-then lets all clients repeat theirs at once, each with a text, length and seed of its own. Every stream must be what it
-was alone, with its counts; the server's own metrics must be the sum of all answers; its resident memory (the mean of
-ten seconds) must be within 2 % at the end of the first half and at the end. Then SIGTERM must end it with exit code 0.
-Prints throughput, time to the first piece of text and time between pieces (p50 and p95). Exits with 1 when something
-was lost, mixed up or left.
+then lets all clients repeat theirs at once, each with a text, length and seed of its own, now from kept states. Every
+stream must be what it was alone, with its counts; the server's own metrics must be the sum of all answers; its resident
+memory (the mean of ten seconds) must be within 2 % at the end of the first half and at the end. Then SIGTERM must end
+it with exit code 0. Prints throughput, time to the first piece of text and time between pieces (p50 and p95). Exits
+with 1 when something was lost, mixed up or left.
 --json writes the row as serve_load.json into FOLDER. Linux only: memory is read from /proc.
 """
 
@@ -133,7 +133,9 @@ async def ask(port: int, body: dict[str, Any], arrivals: list[float]) -> Answer:
                 arrivals.append(time.monotonic())
                 parts.append(choice["text"])
                 finish = choice["finish_reason"] or finish
-            usage = event.get("usage") or usage
+            if event.get("usage"):
+                # How much of a prompt was kept from before differs; the answer must not.
+                usage = {name: count for name, count in event["usage"].items() if isinstance(count, int)}
         return Answer("".join(parts), finish, usage, None if done else f"status {status}, no [DONE]")
     finally:
         writer.close()

@@ -50,7 +50,8 @@ def chat(
     loaded, tokenizer = load_model(model), Tokenizer.from_file(model)
     prompt = ChatPrompt(model) if has_chat_template(model) else None
     ends = end_tokens(loaded, tokenizer)
-    talk = Chat(Engine(loaded, weights=weights), tokenizer, prompt, ends, tokens, sampling, system)
+    engine = Engine(loaded, weights=weights)  # type: ignore[arg-type]
+    talk = Chat(engine, tokenizer, prompt, ends, tokens, sampling, system)
     made_by = identity(model, tokenizer)
     console.print(HELP, markup=False, highlight=False)
     if prompt is None:
