@@ -42,7 +42,7 @@ class Engine:
         chunk: most tokens of prompts that one step works on. A longer prompt takes several steps, between which the
             others advance.
         execution: how a decoding step runs: `eager` launches operator by operator; on a CPU `compiled` is a program of
-            torch.compile, a minute or more at the start; on a GPU `graph` replays a CUDA graph, `fused-graph` one
+            torch.compile, which takes a while at the start; on a GPU `graph` replays a CUDA graph, `fused-graph` one
             whose small operators torch.compile has fused.
         weights: how the linear maps are kept: `full`, or quantised to `int8` or `int4`, see `infer.weights`.
 

@@ -1,8 +1,9 @@
 """How a decoding step runs: operator by operator, compiled, or as a CUDA graph, plain or with fused parts.
 
 What differs is how the tensors of a step reach `Network.decode`, and nothing else. On a CPU a small model is bound by
-what every operator costs beside its sums; compiled, a step is one call. Compiling takes a minute or more on two cores,
-once for each number of sequences; tables of any width are one program. A graph is recorded the first time
+what every operator costs beside its sums; compiled, a step is one call. Compiling takes the
+demo's student three quarters of a minute, again when the number of sequences or the store changes for the first time;
+tables of any width are one program, and a later process finds it in torch's folder. A graph is recorded the first time
 that so many sequences with tables so wide meet, a second or so; tables widen by doubling. It names the pages by their
 addresses, so it is recorded anew when the store has grown.
 
@@ -26,10 +27,11 @@ COMPILING: dict[str, Any] = {
     "cpp_wrapper": True,
     "cpp_wrapper_build_separate": True,
     "aot_inductor.compile_wrapper_opt_level": "O0",
+    "cpp_cache_precompile_headers": False,
 }
 """A step as one C++ function that calls kernels. They are a source of their own: in one with it, the function, 280 KB
 for six layers, is optimised like a kernel, which takes most of the time and makes nothing faster; and without the
-function each kernel is a source that reads all headers."""
+function each kernel is a source that reads all headers. Two sources are compiled sooner than headers for them."""
 
 Execution = Literal["eager", "graph", "compiled", "fused-graph"]
 
