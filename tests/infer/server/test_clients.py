@@ -71,6 +71,8 @@ def test_chat_whole_and_in_a_stream(
     assert "".join(chunk.choices[0].delta.content or "" for chunk in text) == wanted
     assert text[-1].choices[0].finish_reason == whole.choices[0].finish_reason
     assert last.choices == [] and counts(last.usage) == counts(whole.usage)
+    # The same prompt again: all but its last token were read before.
+    assert last.usage.prompt_tokens_details.cached_tokens == whole.usage.prompt_tokens - 1
 
 
 def test_parts_of_a_message_are_its_text(client: openai.OpenAI) -> None:

@@ -13,8 +13,8 @@ from trihybrid.infer.engine import Engine
 from trihybrid.infer.sampling import Sampling
 from trihybrid.models.checkpoint import load_model
 
-SYSTEM = "a long beginning that everybody shares, of more than four chunks of tokens; "
-MOST = 6
+SYSTEM = "a beginning that everybody shares, of some chunks; "
+MOST = 4
 
 
 def cached(answer: Any) -> int:
@@ -49,16 +49,16 @@ def test_a_conversation_goes_on_behind_its_last_answer(served_folder: Path) -> N
         assert samples["trihybrid_prefix_evicted_total"] == 0 < samples["trihybrid_prefix_states"]
 
 
-@pytest.mark.parametrize("mib", [16.0, 0.05, 0.0])
+@pytest.mark.parametrize("mib", [0.05, 0.0])
 def test_answers_are_the_same_for_many_clients_at_once(
     served_folder: Path, alone: Callable[..., str], mib: float
 ) -> None:
-    """Six clients over three rows, twice each; with room for all states, for a few, and for none."""
-    prompts = [SYSTEM[: 40 + 9 * place] + f"client {place}" for place in range(6)] * 2
-    with run(served_folder, rows=3, queue=16, prefix_mib=mib) as running, ThreadPoolExecutor(6) as pool:
+    """Four clients over three rows, twice each; with room for a few states and for none."""
+    prompts = [SYSTEM[: 24 + 9 * place] + f"client {place}" for place in range(4)] * 2
+    with run(served_folder, rows=3, queue=16, prefix_mib=mib) as running, ThreadPoolExecutor(4) as pool:
 
         def ask(place: int) -> tuple[str, int]:
-            sampling = {"temperature": place % 2, "seed": place % 6}
+            sampling = {"temperature": place % 2, "seed": place % 4}
             status, answer = running.send(
                 "POST",
                 "/v1/completions",
@@ -67,10 +67,10 @@ def test_answers_are_the_same_for_many_clients_at_once(
             assert status == 200, answer
             return answer["choices"][0]["text"], cached(answer)
 
-        answers = list(pool.map(ask, range(12)))
+        answers = list(pool.map(ask, range(8)))
         samples = running.samples()
     wanted = [
-        alone(prompt, MOST, Sampling(temperature=place % 2, seed=place % 6))
+        alone(prompt, MOST, Sampling(temperature=place % 2, seed=place % 4))
         for place, prompt in enumerate(prompts)
     ]
     assert [text for text, _ in answers] == wanted
