@@ -33,10 +33,10 @@ def test_what_is_missing_and_what_cannot_be_is_refused(monkeypatch: pytest.Monke
     with pytest.raises(
         ValueError, match=r"serve needs fastapi: pip install 'trihybrid\[transformers-serving\]'"
     ):
-        transformers_serve.main()
+        transformers_serve.check([])
     monkeypatch.setattr(transformers_serve, "find_spec", lambda name: object())
     monkeypatch.setattr(sys, "argv", ["x", "serve", "folder", "--continuous-batching"])
-    with pytest.raises(ValueError, match="--continuous-batching: it pages keys and values and has no place"):
+    with pytest.raises(SystemExit, match="error: --continuous-batching: it pages keys and values and has no"):
         transformers_serve.main()
 
 

@@ -7,6 +7,7 @@ Seen with transformers 5.17 to 5.24.
 """
 
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 from trihybrid.models.families import FAMILIES, register
@@ -15,22 +16,26 @@ from trihybrid.models.families import FAMILIES, register
 NEEDED = {"openai": "openai", "uvicorn": "uvicorn", "fastapi": "fastapi", "requests": "requests"}
 
 
-def main() -> None:
-    """Run transformers' command with the arguments of this process.
-
-    Raises:
-        ValueError: a package that it needs is not there, or `--continuous-batching`.
-    """
+def check(arguments: Sequence[str]) -> None:
+    """ValueError for a package that is not there, or `--continuous-batching`."""
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
         raise ValueError(
             f"transformers serve needs {', '.join(missing)}: pip install 'trihybrid[transformers-serving]'"
         )
-    if "--continuous-batching" in sys.argv:
+    if "--continuous-batching" in arguments:
         raise ValueError(
             "--continuous-batching: it pages keys and values and has no place for a recurrence; leave it away, or use "
             "trihybrid serve"
         )
+
+
+def main() -> None:
+    """Run transformers' command with the arguments of this process; what `check` refuses ends it with one line."""
+    try:
+        check(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     register()
     from transformers.cli.serving import model_manager
     from transformers.cli.transformers import main as command
