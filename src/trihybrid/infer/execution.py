@@ -1,11 +1,11 @@
 """How a decoding step runs: operator by operator, compiled, or as a CUDA graph, plain or with fused parts.
 
 What differs is how the tensors of a step reach `Network.decode`, and nothing else. On a CPU a small model is bound by
-what every operator costs beside its sums; compiled, a step is one call. Compiling takes the
-demo's student three quarters of a minute, again when the number of sequences or the store changes for the first time;
-tables of any width are one program, and a later process finds it in torch's folder. A graph is recorded the first time
-that so many sequences with tables so wide meet, a second or so; tables widen by doubling. It names the pages by their
-addresses, so it is recorded anew when the store has grown.
+what every operator costs beside its sums; compiled, a step is one call. Compiling takes most of a minute for six small
+layers, and again when several sequences first decode together or the store first grows; tables of any width are one
+program, and a later process finds it in torch's folder. A graph is recorded the first time that so many sequences with
+tables so wide meet, a second or so; tables widen by doubling. It names the pages by their addresses, so it is recorded
+anew when the store has grown.
 
 Legend: B sequences, M pages in a table, V vocabulary.
 """
@@ -64,7 +64,7 @@ class EagerDecoder:
 
 
 class CompiledDecoder(EagerDecoder):
-    """One program of torch.compile for each number of sequences.
+    """Programs of torch.compile: one for a sequence alone, one for several, and both anew when the store first grows.
 
     Args:
         network: on a CPU.
@@ -86,7 +86,7 @@ class CompiledDecoder(EagerDecoder):
         known = key in self._known
         self._known.add(key)
         if not known:
-            logger.info("compiling a decoding step of %d sequences", len(ids))
+            logger.info("a decoding step of %d sequences: compiled unless a program fits it", len(ids))
         # Once compiled, nothing of the model changes any more, and to look for it takes longer than the step.
         with torch.compiler.set_stance("default", skip_guard_eval_unsafe=known):
             return self._decode(torch.tensor(ids), torch.tensor(positions), table_BM)
