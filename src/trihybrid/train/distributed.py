@@ -74,6 +74,12 @@ class Workers:
         dist.all_gather_into_tensor(whole, share_N.contiguous())
         return whole
 
+    def exchange(self, parts: Tensor) -> Tensor:
+        """[count, ...], a part for each worker, in their order: what each of them has for this one."""
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received, parts.contiguous())
+        return received
+
     def total(self, value: float) -> float:
         """The sum over the workers of a number on the CPU; the GPU is not waited for."""
         if self.count == 1:
