@@ -36,7 +36,7 @@ class Alignment(nn.Module):
                 "stage align: no slot holds rwkv7 or tica; leave the stage out, or convert a layer"
             )
         self.pair, self.checkpointing = pair, checkpointing
-        self.layers = pair.together(max(pair.converted) + 1)
+        self.layers = pair.together()
 
     @property
     def student(self) -> HybridForCausalLM:
@@ -53,7 +53,7 @@ class Alignment(nn.Module):
         hidden_BTD, stream = self.pair.prepare(input_ids, position_ids)
         ours = stream.fork()
         losses: dict[str, Tensor] = {}
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers[: max(self.pair.converted) + 1]):
             hidden_BTD, loss = layer(self._layer, index, hidden_BTD, stream, ours)
             if loss is not None:
                 losses[f"alignment/{index}"] = loss

@@ -58,7 +58,7 @@ class Matching(nn.Module):
         self.pair, self.temperature, self.alignment_weight = pair, temperature, alignment_weight
         self.allowed_V, self.chunk, self.block, self.top_k = allowed_V, chunk, block, top_k
         self.recomputed = len(pair.student.model.layers) - kept_layers if checkpointing else 0
-        self.layers = pair.together(len(pair.student.model.layers))
+        self.layers = pair.together()
 
     @property
     def student(self) -> HybridForCausalLM:

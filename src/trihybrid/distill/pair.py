@@ -98,9 +98,9 @@ class Pair(nn.Module):
         layer = dict(self.teacher_layers.items()).get(str(index), model.layers[index])
         return model.layer(index, hidden_BTD, stream, layer, record)
 
-    def together(self, count: int) -> nn.ModuleList:
-        """The first `count` layers as units that hold the weights of both streams."""
-        layers = self.student.model.layers[:count]
+    def together(self) -> nn.ModuleList:
+        """The layers as units that hold the weights of both streams."""
+        layers = self.student.model.layers
         own = dict(self.teacher_layers.items())
         return nn.ModuleList(
             Together(layer, *filter(None, [own.get(str(index))])) for index, layer in enumerate(layers)

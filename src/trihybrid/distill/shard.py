@@ -6,12 +6,11 @@ train are averaged over the workers as they come. Outside of the backward pass, 
 worker's rows, so that optimizers, averages and checkpoints need nothing of FSDP. Weights keep their dtypes: float32
 masters are gathered as such.
 
-Norms and projections beside the layers stay whole; a layer that no unit holds (above the last converted slot in
-stage 1) stays on the CPU, where nobody asks for it.
+Norms and projections beside the layers stay whole.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from trihybrid.train.distributed import Workers
 from trihybrid.train.rows import Rows
 
 if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 
@@ -38,6 +38,10 @@ class Losses(Protocol):
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         """Those that do, by the student's names."""
+        ...
+
+    def __call__(self, *batch: Tensor) -> Any:
+        """The loss, alone or with its parts."""
         ...
 
 
@@ -58,7 +62,6 @@ class Sharded:
         # Seconds of importing, for which only those wait who share weights out.
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
-        from torch.distributed.tensor import DTensor
 
         self._workers = workers
         workers.broadcast([parameter.detach() for parameter in module.trained.values()])
@@ -66,7 +69,8 @@ class Sharded:
         for layer in module.layers:
             fully_shard(layer, mesh=mesh)
             # gloo has no mean.
-            layer.set_force_sum_reduction_for_comms(workers.device.type == "cpu")
+            if workers.device.type == "cpu":
+                cast("FSDPModule", layer).set_force_sum_reduction_for_comms(True)
         _share_tables(module.student, workers)
         for part in _beside(module.student):
             part.to(workers.device)
@@ -76,11 +80,9 @@ class Sharded:
         self.parameters: dict[str, nn.Parameter] = {}
         self.rows: dict[str, Rows] = {}
         for name in module.trained:
-            piece = module.student.get_parameter(name)
-            assert isinstance(piece, DTensor)
-            module.trained[name] = piece
-            self._pieces[name] = piece
-            self.parameters[name] = nn.Parameter(piece.detach().to_local())
+            module.trained[name] = parameter = module.student.get_parameter(name)
+            self._pieces[name] = piece = cast("DTensor", parameter)
+            self.parameters[name] = nn.Parameter(piece.to_local().detach())
             self.rows[name] = Rows(tuple(piece.shape), workers.rank, workers.count)
 
     def take_gradients(self) -> None:
@@ -88,7 +90,7 @@ class Sharded:
         for name, piece in self._pieces.items():
             if piece.grad is None:
                 continue
-            own, parameter = piece.grad.to_local(), self.parameters[name]
+            own, parameter = cast("DTensor", piece.grad).to_local(), self.parameters[name]
             parameter.grad = own if parameter.grad is None else parameter.grad.add_(own)
             piece.grad = None
 
@@ -108,7 +110,8 @@ def _share_tables(student: HybridForCausalLM, workers: Workers) -> None:
     for name, module in student.model.named_children():
         if isinstance(module, nn.Embedding):
             setattr(student.model, name, TableRows(module, workers))
-    student.lm_head = student.model.embed_tokens if tied else TableRows(head, workers)
+    # Not by assignment: a head is declared to be linear, and to the losses it is a weight.
+    student.add_module("lm_head", student.model.embed_tokens if tied else TableRows(head, workers))
 
 
 def _beside(student: HybridForCausalLM) -> Iterator[nn.Module]:

@@ -19,6 +19,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,9 @@ class Checkpoints:
                 os.rename(temporary, target)
                 sync_folder(self.folder)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            # The others may be writing there still; the first notices when one of them is gone.
+            if workers.first:
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
         workers.wait()
         return target
@@ -203,14 +206,9 @@ class Checkpoints:
         manifest = self._manifest(path)
         contents = {}
         for part in _PARTS if average is None else (*_PARTS, "average"):
-            contents[part] = read_pieces(
-                path,
-                part,
-                manifest.files,
-                manifest.workers,
-                manifest.places.get(part, {}),
-                lambda name, part=part: rows.get(_owner(part, name)),
-            )
+            places = manifest.places.get(part, {})
+            wanted = partial(_wanted, part, rows)
+            contents[part] = read_pieces(path, part, manifest.files, manifest.workers, places, wanted)
         saved = contents["parameters"]
         _check_parameters(path, saved, parameters)
         if average is not None:
@@ -262,6 +260,10 @@ def _owner(part: str, name: str) -> str:
     if part == "optimizer":
         return name.rpartition(".")[0]
     return name.removeprefix("average.") if part == "average" else name
+
+
+def _wanted(part: str, rows: Mapping[str, Rows], name: str) -> Rows | None:
+    return rows.get(_owner(part, name))
 
 
 def _rows_of(part: str, tensors: Mapping[str, Tensor], rows: Mapping[str, Rows]) -> dict[str, Rows]:

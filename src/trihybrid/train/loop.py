@@ -163,9 +163,8 @@ def _begin(
         if resume:
             _logger.info("nothing to resume in %s: starting at step 0", checkpoints.folder)
         torch.manual_seed(seed)
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    shapes |= {name: found.whole for name, found in rows.items()}
-    sizes = (len(shapes), sum(math.prod(shape) for shape in shapes.values()))
+    shapes = [rows[name].whole if name in rows else parameter.shape for name, parameter in parameters.items()]
+    sizes = (len(shapes), sum(math.prod(shape) for shape in shapes))
     if workers.differ([progress.step, *sizes]):
         raise ValueError(
             f"workers: worker {workers.rank} has {progress.step} steps done, {sizes[0]} tensors and {sizes[1]} "
