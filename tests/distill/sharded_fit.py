@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import tiny_teachers
 from distilled_student import batch_of, build_student
 from tiny_gemma4 import build_teacher
 from trihybrid.data import Batch
@@ -28,7 +29,7 @@ CASES = {
     "align": ("align", "adamw", torch.float64),
     "match": ("match", "adamw", torch.float64),
     "extend": ("extend", "muon", torch.float64),
-    "half": ("match", "adamw", torch.bfloat16),
+    "untied": ("match", "adamw", torch.bfloat16),
 }
 STEPS, HALF = 4, "step-000002"
 RETAINED = "model.layers.3.self_attn.q_proj.weight"
@@ -41,6 +42,11 @@ LAYERS = {
 
 def task_of(stage: str, dtype: torch.dtype) -> LossTask:
     """A stage with a vocabulary and heads that two workers cannot halve; some layers are recomputed, some are not."""
+    if dtype == torch.bfloat16:
+        # A head of its own, and biases.
+        teacher = tiny_teachers.build_teacher("llama-biased").to(dtype)
+        student = build_student(teacher, pattern="FRFR")
+        return MatchTask(Matching(Pair(student, teacher, NEW_MIXERS), chunk=16, checkpointing=True))
     # In stage 1, layers above the last converted one never run.
     whole = stage != "align"
     teacher = build_teacher(dtype, **LAYERS, num_kv_shared_layers=2 if whole else 0)

@@ -55,6 +55,7 @@ class Sharded:
     Attributes:
         parameters: this worker's rows of what trains, by the student's names, as plain tensors.
         rows: which they are.
+        gathered: bytes of the weights of all layers, as they are when they come together.
     """
 
     def __init__(self, module: Losses, workers: Workers) -> None:
@@ -66,6 +67,7 @@ class Sharded:
         self._workers = workers
         workers.broadcast([parameter.detach() for parameter in module.trained.values()])
         mesh = init_device_mesh(workers.device.type, (workers.count,))
+        self.gathered = sum(parameter.nbytes for parameter in module.layers.parameters())
         for layer in module.layers:
             fully_shard(layer, mesh=mesh)
             # gloo has no mean.

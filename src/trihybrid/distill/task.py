@@ -1,5 +1,6 @@
 """A loss of distillation as the training loop wants it, with weights that are whole or shared out to the workers."""
 
+import logging
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from trihybrid.distill.shard import Losses, Sharded
 from trihybrid.distill.trained import roles_of
 from trihybrid.train.distributed import Workers
 from trihybrid.train.rows import NO_ROWS, Rows
+
+_logger = logging.getLogger(__name__)
 
 
 class LossTask:
@@ -25,6 +28,11 @@ class LossTask:
     def shard(self, workers: Workers) -> None:
         """Let each worker hold a part of the weights only; see `Sharded`. They must be on the CPU before."""
         self._sharded = Sharded(self.module, workers)
+        _logger.info(
+            "weights are shared out: each of %d workers holds its rows of %d bytes of layers, and of the tables",
+            workers.count,
+            self._sharded.gathered,
+        )
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.module.trained if self._sharded is None else self._sharded.parameters

@@ -4,6 +4,7 @@ A phase that the lineage already holds is checked and skipped, so a run that was
 Under torchrun all processes train, and the first of them does the rest: it alone writes models, lineage and log.
 """
 
+import gc
 import logging
 import shutil
 import time
@@ -318,6 +319,10 @@ def _distil(run: Run, stage: Stage, before: str, parent: str) -> str:
                 set_parameters(student, trained)
             plan = read_plan(run.directory.model(before))
             save_student(student, plan, run.directory.model(name), run.data.tokenizer.save)
+        if task.rows():
+            # FSDP's hooks and modules hold each other, and the next stage wants their memory.
+            del task
+            gc.collect()
 
     return run.phase(name, parent, stage.model_dump(mode="json"), make)
 
@@ -329,8 +334,6 @@ def _task(run: Run, stage: Stage, student: HybridForCausalLM) -> LossTask:
     task = _whole_task(run, stage, student, torch.device("cpu") if shard else workers.device)
     if shard:
         task.shard(workers)
-        parts = sum(parameter.numel() for parameter in task.parameters().values())
-        _logger.info("weights are shared out: worker %d trains %d numbers", workers.rank, parts)
     elif stage.parallel == "shard":
         _logger.info("parallel: one process holds all weights, there is nobody to share them with")
     return task

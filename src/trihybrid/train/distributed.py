@@ -71,7 +71,9 @@ class Workers:
         if self.count == 1:
             return share_N
         whole = share_N.new_empty(self.count * share_N.shape[0], *share_N.shape[1:])
-        dist.all_gather_into_tensor(whole, share_N.contiguous())
+        # Its name since torch 2.13, and the one before.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(whole, share_N.contiguous())
         return whole
 
     def exchange(self, parts: Tensor) -> Tensor:
