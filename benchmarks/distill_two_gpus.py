@@ -187,13 +187,16 @@ def read_rows(stages: list[str], scratch: Path) -> Iterator[Row]:
     """A row for each stage and form; without figures where it failed."""
     for stage in stages:
         wanted: list[float] = []
+        alone = 1.0
         for form, count in FORMS.items():
             row: Row = {"benchmark": "distill_two_gpus", "stage": stage, "form": form, "gpus": count}
             found = scratch / form / stage / "figures.json"
             if found.exists():
                 row |= json.loads(found.read_text())
-                wanted = wanted or row["losses"]
+                if not wanted:
+                    wanted, alone = row["losses"], row["tokens_per_second"]
                 pairs = zip(row["losses"], wanted[row["first"] :], strict=True)
+                row |= {"last": row["losses"][-1], "ratio": row["tokens_per_second"] / alone}
                 row["apart"] = max(abs(loss / other - 1) for loss, other in pairs)
             yield row
 
@@ -208,10 +211,9 @@ def table(rows: list[Row]) -> None:
         if "losses" not in row:
             print(f"| {row['stage']} | {row['form']} | {row['gpus']} | failed |")
             continue
-        one = next(r for r in rows if r["stage"] == row["stage"])
-        losses, rate = row["losses"], row["tokens_per_second"]
+        losses = row["losses"]
         cells = [f"{losses[place]:.6f}" for place in (0, len(losses) // 2, -1)]
-        cells += [f"{row['apart']:.1e}", f"{rate:,.0f}", f"{rate / one.get('tokens_per_second', rate):.2f}"]
+        cells += [f"{row['apart']:.1e}", f"{row['tokens_per_second']:,.0f}", f"{row['ratio']:.2f}"]
         cells += [f"{row['rest_gib']:.2f}", f"{row['peak_gib']:.2f}"]
         print(f"| {row['stage']} | {row['form']} | {row['gpus']} | {' | '.join(cells)} |")
 
