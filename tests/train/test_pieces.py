@@ -1,10 +1,8 @@
 """What several workers save, any number of workers reads: every row once, and all or nothing."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from threading import Barrier, BrokenBarrierError
+from threading import BrokenBarrierError
 from types import ModuleType
 
 import pytest
@@ -12,20 +10,9 @@ import torch
 from torch import nn
 
 import trihybrid.train.pieces as pieces_module
+from thread_workers import by_threads
 from trihybrid.train import Checkpoints, Optimizers, OptimizerSection, Progress, Workers, build_optimizer
 from trihybrid.train.rows import Rows
-
-
-@dataclass(frozen=True)
-class Threads(Workers):
-    """Workers that are threads of this process."""
-
-    barrier: Barrier | None = None
-
-    def wait(self) -> None:
-        if self.barrier is not None:
-            self.barrier.wait(timeout=60)
-
 
 Part = tuple[dict[str, nn.Parameter], Optimizers, dict[str, Rows]]
 
@@ -57,22 +44,14 @@ def stepped(part: Part) -> Part:
 def save(folder: Path, part_of: Callable[..., Part], count: int) -> list[Part]:
     """A checkpoint of so many workers, and what each of them had."""
     parts = [stepped(part_of(rank, count)) for rank in range(count)]
-    barrier = Barrier(count)
 
-    def write(rank: int) -> None:
-        parameters, optimizers, rows = parts[rank]
-        workers = Threads(rank, count, barrier=barrier)
-        try:
-            Checkpoints(folder, "stage", "parent").save(
-                Progress(3), parameters, optimizers, rows=rows, workers=workers
-            )
-        except OSError:
-            barrier.abort()
-            raise
+    def write(workers: Workers) -> None:
+        parameters, optimizers, rows = parts[workers.rank]
+        Checkpoints(folder, "stage", "parent").save(
+            Progress(3), parameters, optimizers, rows=rows, workers=workers
+        )
 
-    with ThreadPoolExecutor(count) as pool:
-        for future in [pool.submit(write, rank) for rank in range(count)]:
-            future.result()
+    by_threads(count, write)
     return parts
 
 
