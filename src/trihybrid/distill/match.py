@@ -124,9 +124,15 @@ class MatchTask(LossTask):
     """`Matching` as the training loop wants it."""
 
     def __init__(self, module: Matching, graph: bool = False) -> None:
-        """`graph`: on a GPU, record loss and gradients once and replay them."""
+        """`graph`: on a GPU, record loss and gradients once and replay them.
+
+        Raises:
+            ValueError: `graph` on a GPU for a recurrence in more than half precision.
+        """
         super().__init__(module)
         on_gpu = next(iter(module.pair.trained.values())).is_cuda
+        if graph and on_gpu:
+            check_recordable(module.pair.student)
         if graph and not on_gpu:
             logger.info("graph: without effect off the GPU")
         self.graphed = Graphed(module, list(module.pair.trained.values())) if graph and on_gpu else None
@@ -140,3 +146,14 @@ class MatchTask(LossTask):
         if self.graphed is not None:
             return self.graphed(batch.inputs, batch.positions, share)
         return super().differentiate(batch, share)
+
+
+def check_recordable(student: HybridForCausalLM) -> None:
+    """Raise a ValueError unless nothing in the student's step waits for the device. In more than half precision WKV-7
+    does: its PyTorch form looks at its decays first."""
+    recurs = any("rwkv7" in slot.mixers for slot in student.config.slot_list())
+    if recurs and student.dtype.itemsize > 2:
+        raise ValueError(
+            f"graph: true for a student in {student.dtype}, whose recurrence cannot be recorded; store the teacher in "
+            "bfloat16, or set graph to false"
+        )
