@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 import trihybrid
-from trihybrid.distill.section import MatchSection
 from trihybrid.run import read_log
 from trihybrid.testing import relative_error
 from trihybrid.train import ALONE
@@ -163,8 +162,3 @@ def test_a_nan_of_one_process_names_its_layer_on_both(two: Path) -> None:
     assert "layer: none in the forward pass of worker 0" in errors[0]
     assert ".2.self_attn.rwkv7" in errors[1].partition("layer: ")[2]
     assert not (two / "broken" / "checkpoints").exists()
-
-
-def test_a_graph_of_weights_that_come_and_go_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"graph: true with parallel 'shard'.*give parallel 'replicate', or"):
-        MatchSection.model_validate({"loop": {"steps": 1}, "graph": True, "parallel": "shard"})
