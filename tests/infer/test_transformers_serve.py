@@ -24,7 +24,7 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-TALK = [Message(role="user", content="what flows?")]
+TALK = [Message(role="user", content="abc")]
 MOST, PATIENCE = 12, 120
 
 
@@ -84,7 +84,7 @@ def test_a_chat_is_answered_with_the_tokens_of_the_engine(tmp_path: Path) -> Non
     while engine.busy:
         engine.step()
     wanted = Tokenizer.from_file(folder).decode(engine.tokens_of(sequence)[len(prompt) :])
-    assert len(wanted) == MOST and wanted.isalpha()
+    assert len(wanted) == MOST and wanted.isalpha() and len(set(wanted)) > 5
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "trihybrid.infer.transformers_serve", "serve", str(folder)]
