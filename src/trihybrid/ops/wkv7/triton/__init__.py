@@ -107,10 +107,10 @@ def _forward(
     r, log_w, k, v, a, b = (_dense(x) for x in (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK))
     state = None if state_BHKV is None else state_BHKV.contiguous()
     ready = prepare(r, log_w, k, a, b, _bytes(reset_BT), chunk, gradient=keep)
-    o_BTHV, last_BHKV, kept_GVK, u_NCV, true_u_NCV = walk(ready, v, state, keep)
+    o_BTHV, last_BHKV, kept_GVK, u_NVC, true_u_NVC = walk(ready, v, state, keep)
     if not keep:
         ready = Prepared(*(x.new_empty(0) for x in (ready.wide_4NCK, ready.square_4NCC, ready.g_NK)))
-    return o_BTHV, last_BHKV, kept_GVK, u_NCV, true_u_NCV, ready.wide_4NCK, ready.square_4NCC, ready.g_NK
+    return o_BTHV, last_BHKV, kept_GVK, u_NVC, true_u_NVC, ready.wide_4NCK, ready.square_4NCC, ready.g_NK
 
 
 @_forward.register_fake
@@ -134,8 +134,8 @@ def _(
         v_BTHV.new_empty(batch, length, heads, width),
         v_BTHV.new_empty(batch, heads, keys, width, dtype=torch.float32),
         half(lanes if keep else 0, (length + GROUP - 1) // GROUP + 1, width, keys),
-        half(count, chunk, width),
-        half(count, chunk, width),
+        half(count, width, chunk),
+        half(count, width, chunk),
         half(4, count, chunk, keys) if keep else half(0),
         half(4, count, chunk, chunk) if keep else half(0),
         v_BTHV.new_empty((count, keys) if keep else (0,), dtype=torch.float32),
@@ -154,8 +154,8 @@ def _backward(
     b_BTHK: Tensor,
     reset_BT: Tensor | None,
     kept_GVK: Tensor,
-    u_NCV: Tensor,
-    true_u_NCV: Tensor,
+    u_NVC: Tensor,
+    true_u_NVC: Tensor,
     wide_4NCK: Tensor,
     square_4NCC: Tensor,
     g_NK: Tensor,
@@ -173,11 +173,11 @@ def _backward(
     reset = _bytes(reset_BT)
     largest_BH = largest_gradient(do, dlast)
     ready = Prepared(wide_4NCK, square_4NCC, g_NK)
-    dv_BTHV, dfirst_BHKV, dkept_GVK, z_NCV, true_z_NCV = walk_back(ready, do, dlast, largest_BH, v.dtype)
+    dv_BTHV, dfirst_BHKV, dkept_GVK, z_NVC, true_z_NVC = walk_back(ready, do, dlast, largest_BH, v.dtype)
     sums, scores, e_GK = sum_values(
-        ready, v, do, u_NCV, z_NCV, true_u_NCV, true_z_NCV, kept_GVK, dkept_GVK, largest_BH
+        ready, v, do, u_NVC, z_NVC, true_u_NVC, true_z_NVC, kept_GVK, dkept_GVK, largest_BH
     )
-    del dkept_GVK, z_NCV, true_z_NCV  # before the gradients are allocated
+    del dkept_GVK, z_NVC, true_z_NVC  # before the gradients are allocated
     dr, dlog_w, dk, da, db = differentiate((r, log_w, k, a, b), reset, scores, sums, e_GK, largest_BH)
     return dr, dlog_w, dk, dv_BTHV, da, db, dfirst_BHKV
 
@@ -194,8 +194,8 @@ def _(
     b_BTHK: Tensor,
     reset_BT: Tensor | None,
     kept_GVK: Tensor,
-    u_NCV: Tensor,
-    true_u_NCV: Tensor,
+    u_NVC: Tensor,
+    true_u_NVC: Tensor,
     wide_4NCK: Tensor,
     square_4NCC: Tensor,
     g_NK: Tensor,

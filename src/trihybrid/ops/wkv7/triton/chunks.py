@@ -31,6 +31,13 @@ def rows(x, stride_b, stride_t, stride_h, b, h, t, COUNT: tl.constexpr, WIDTH: t
 
 
 @triton.jit
+def columns(x, stride_b, stride_t, stride_h, b, h, t, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """The same pointers, transposed: [WIDTH, COUNT]."""
+    base = x + b * stride_b + h * stride_h + t * stride_t
+    return base + tl.arange(0, COUNT)[None, :] * stride_t + tl.arange(0, WIDTH)[:, None]
+
+
+@triton.jit
 def tile(x, index, ROWS: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
     """Pointers to the first COUNT columns of tile number `index` (int64) of an array of dense [ROWS, WIDTH] tiles."""
     return x + index * (ROWS * WIDTH) + tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, COUNT)[None, :]

@@ -72,8 +72,8 @@ def differentiate(
         C=chunk,
         K=keys,
         BLOCK_K=block,
+        STAGES=STAGES,
         num_warps=WARPS,
-        num_stages=STAGES,
     )
     return outputs
 
@@ -126,6 +126,7 @@ def _differentiate(
     C: tl.constexpr,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     groups = tl.cdiv(chunks, GROUP_CHUNKS)
     # Blocks of keys run together, and then heads: they share tokens.
@@ -141,7 +142,7 @@ def _differentiate(
     first = (group * GROUP_CHUNKS).to(tl.int32)
     count = tl.minimum(GROUP_CHUNKS, chunks - first)
     # Nothing is moved out of the loop: registers are few.
-    for step in tl.range(0, count, disable_licm=True):
+    for step in tl.range(0, count, num_stages=STAGES, disable_licm=True):
         chunk = first + count - 1 - step
         number = lane * chunks + chunk
         start = chunk.to(tl.int64) * C
@@ -152,6 +153,19 @@ def _differentiate(
         at_k = rows(k + key, k_stride_b, k_stride_t, k_stride_h, batch, head, start, C, BLOCK_K)
         at_a = rows(a + key, a_stride_b, a_stride_t, a_stride_h, batch, head, start, C, BLOCK_K)
         at_b = rows(b + key, b_stride_b, b_stride_t, b_stride_h, batch, head, start, C, BLOCK_K)
+        # All of a chunk is asked for at once: what comes after the first exchange between threads waits for it.
+        a_CK = tl.load(at_a, mask=inside_C1, other=0.0)
+        r_CK = tl.load(at_r, mask=inside_C1, other=0.0)
+        b_CK = tl.load(at_b, mask=inside_C1, other=0.0)
+        k_CK = tl.load(at_k, mask=inside_C1, other=0.0)
+        zu_CC = tl.load(tile(zu_NCC, number, C, C, C))
+        zv_CC = tl.load(tile(zv_NCC, number, C, C, C))
+        ou_CC = tl.load(tile(ou_NCC, number, C, C, C))
+        ov_CC = tl.load(tile(ov_NCC, number, C, C, C))
+        da_CK = tl.load(tile(da_NCK, number, C, K, BLOCK_K) + key)
+        dr_CK = tl.load(tile(dr_NCK, number, C, K, BLOCK_K) + key)
+        db_CK = tl.load(tile(db_NCK, number, C, K, BLOCK_K) + key)
+        dk_CK = tl.load(tile(dk_NCK, number, C, K, BLOCK_K) + key)
         w_CK, c_CK, middle_1K, total_1K = exponents(at_w, starts_C, inside_C1, STEEPEST, C)
         c_CK -= middle_1K
         enter_CK = tl.exp2(middle_1K) * back
@@ -162,38 +176,38 @@ def _differentiate(
         grow_CK = tl.exp2(c_CK - w_CK * BITS)
         fall_CK = tl.exp2(c_CK)
         rise_CK = tl.exp2(-c_CK)
-        a_CK = tl.load(at_a, mask=inside_C1, other=0.0).to(tl.float32) * grow_CK
-        r_CK = tl.load(at_r, mask=inside_C1, other=0.0).to(tl.float32) * fall_CK
-        b_CK = tl.load(at_b, mask=inside_C1, other=0.0).to(tl.float32) * rise_CK
-        k_CK = tl.load(at_k, mask=inside_C1, other=0.0).to(tl.float32) * rise_CK
+        a_CK = a_CK.to(tl.float32) * grow_CK
+        r_CK = r_CK.to(tl.float32) * fall_CK
+        b_CK = b_CK.to(tl.float32) * rise_CK
+        k_CK = k_CK.to(tl.float32) * rise_CK
         strict_CC = pairs(document_C, True, C)
         loose_CC = pairs(document_C, False, C)
-        zu_CC = tl.where(strict_CC, tl.load(tile(zu_NCC, number, C, C, C)).to(tl.float32) * back, 0.0)
-        zv_CC = tl.where(strict_CC, tl.load(tile(zv_NCC, number, C, C, C)).to(tl.float32) * back, 0.0)
-        ou_CC = tl.where(loose_CC, tl.load(tile(ou_NCC, number, C, C, C)).to(tl.float32) * back, 0.0)
-        ov_CC = tl.where(loose_CC, tl.load(tile(ov_NCC, number, C, C, C)).to(tl.float32) * back, 0.0)
+        zu_CC = tl.where(strict_CC, zu_CC.to(tl.float32) * back, 0.0)
+        zv_CC = tl.where(strict_CC, zv_CC.to(tl.float32) * back, 0.0)
+        ou_CC = tl.where(loose_CC, ou_CC.to(tl.float32) * back, 0.0)
+        ov_CC = tl.where(loose_CC, ov_CC.to(tl.float32) * back, 0.0)
         at_out = ((batch * length + start) * heads + head) * K + key
         at_out += tl.arange(0, C)[:, None] * (heads * K) + tl.arange(0, BLOCK_K)[None, :]
 
-        da_CK = tl.load(tile(da_NCK, number, C, K, BLOCK_K) + key).to(tl.float32) * enter_CK
+        da_CK = da_CK.to(tl.float32) * enter_CK
         da_CK = tl.dot(zu_CC, b_CK, da_CK, input_precision="tf32")
         da_CK = tl.dot(zv_CC, k_CK, da_CK, input_precision="tf32")
         tl.store(da + at_out, (da_CK * grow_CK).to(da.dtype.element_ty), mask=inside_C1)
         da_CK *= a_CK
 
-        dr_CK = tl.load(tile(dr_NCK, number, C, K, BLOCK_K) + key).to(tl.float32) * enter_CK
+        dr_CK = dr_CK.to(tl.float32) * enter_CK
         dr_CK = tl.dot(ou_CC, b_CK, dr_CK, input_precision="tf32")
         dr_CK = tl.dot(ov_CC, k_CK, dr_CK, input_precision="tf32")
         tl.store(dr + at_out, (dr_CK * fall_CK).to(dr.dtype.element_ty), mask=inside_C1)
         moved_CK = da_CK + r_CK * dr_CK
 
-        db_CK = tl.load(tile(db_NCK, number, C, K, BLOCK_K) + key).to(tl.float32) * leave_CK
+        db_CK = db_CK.to(tl.float32) * leave_CK
         db_CK = tl.dot(tl.trans(zu_CC), a_CK, db_CK, input_precision="tf32")
         db_CK = tl.dot(tl.trans(ou_CC), r_CK, db_CK, input_precision="tf32")
         tl.store(db + at_out, (db_CK * rise_CK).to(db.dtype.element_ty), mask=inside_C1)
         moved_CK -= b_CK * db_CK
 
-        dk_CK = tl.load(tile(dk_NCK, number, C, K, BLOCK_K) + key).to(tl.float32) * leave_CK
+        dk_CK = dk_CK.to(tl.float32) * leave_CK
         dk_CK = tl.dot(tl.trans(zv_CC), a_CK, dk_CK, input_precision="tf32")
         dk_CK = tl.dot(tl.trans(ov_CC), r_CK, dk_CK, input_precision="tf32")
         tl.store(dk + at_out, (dk_CK * rise_CK).to(dk.dtype.element_ty), mask=inside_C1)

@@ -99,7 +99,7 @@ def prepare(
         C=chunk,
         K=width,
         BLOCK_K=min(BLOCK_K, width),
-        num_stages=STAGES,
+        STAGES=STAGES,
         num_warps=WARPS,
     )
     return Prepared(wide_4NCK, square_4NCC, g_NK)
@@ -163,6 +163,7 @@ def _prepare(
     C: tl.constexpr,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # Heads run fastest: programs that run together read whole tokens.
     index = tl.program_id(0).to(tl.int64)
@@ -183,7 +184,7 @@ def _prepare(
     m_CC = tl.zeros((C, C), tl.float32)
     q_CC = tl.zeros((C, C), tl.float32)
     p_CC = tl.zeros((C, C), tl.float32)
-    for key in range(0, K, BLOCK_K):
+    for key in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         a_CK = tl.load(a + key, mask=inside_C1, other=0.0).to(tl.float32)
         b_CK = tl.load(b + key, mask=inside_C1, other=0.0).to(tl.float32)
         k_CK = tl.load(k + key, mask=inside_C1, other=0.0).to(tl.float32)
@@ -215,7 +216,7 @@ def _prepare(
         tl.store(tile(e_NCC, number, C, C, C), tl.dot(q_CC, f_CC).to(tl.float16))
 
     borders = tl.sum(starts_C, 0)
-    for key in range(0, K, BLOCK_K):
+    for key in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         a_CK = tl.load(a + key, mask=inside_C1, other=0.0).to(tl.float32)
         b_CK = tl.load(b + key, mask=inside_C1, other=0.0).to(tl.float32)
         k_CK = tl.load(k + key, mask=inside_C1, other=0.0).to(tl.float32)

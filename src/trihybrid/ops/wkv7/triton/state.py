@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trihybrid.ops.wkv7.triton import GROUP
-from trihybrid.ops.wkv7.triton.chunks import rows, strides, tile
+from trihybrid.ops.wkv7.triton.chunks import columns, rows, strides, tile
 from trihybrid.ops.wkv7.triton.prepare import Prepared
 
 BLOCK_V = 32
@@ -37,7 +37,7 @@ def walk(
     ready: Prepared, v_BTHV: Tensor, state_BHKV: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o [B, T, H, V] in v's dtype, the state that leaves [B, H, K, V] float32, and for the backward, float16 or empty:
-    the states that enter each group and that leave the last one [B H, groups + 1, V, K], U and the true U [N, C, V]."""
+    the states that enter each group and that leave the last one [B H, groups + 1, V, K], U and the true U [N, V, C]."""
     batch, length, heads, width = v_BTHV.shape
     _, count, chunk, keys = ready.wide_4NCK.shape
     groups = triton.cdiv(length, GROUP)
@@ -45,20 +45,20 @@ def walk(
     o_BTHV = torch.empty(v_BTHV.shape, device=v_BTHV.device, dtype=v_BTHV.dtype)
     last_BHKV = torch.empty(batch, heads, keys, width, device=v_BTHV.device, dtype=torch.float32)
     kept_GVK = half(batch * heads if keep else 0, groups + 1, width, keys)
-    u_NCV, true_NCV = (half(count if keep else 0, chunk, width) for _ in range(2))
+    u_NVC, true_NVC = (half(count if keep else 0, width, chunk) for _ in range(2))
     w_NCK, r_NCK, b_NCK, k_NCK = ready.wide_4NCK
     p_NCC, n_NCC = ready.square_4NCC[0], ready.square_4NCC[2 if keep else 0]
     operands = (w_NCK, b_NCK, r_NCK, k_NCK, p_NCC, ready.g_NK, n_NCC, n_NCC)
-    outputs = (o_BTHV, u_NCV, true_NCV, kept_GVK, last_BHKV)
+    outputs = (o_BTHV, u_NVC, true_NVC, kept_GVK, last_BHKV)
     _launch(operands, v_BTHV, state_BHKV, outputs, None, keep, reverse=False)
-    return o_BTHV, last_BHKV, kept_GVK, u_NCV, true_NCV
+    return o_BTHV, last_BHKV, kept_GVK, u_NVC, true_NVC
 
 
 def walk_back(
     ready: Prepared, do_BTHV: Tensor, dlast_BHKV: Tensor | None, largest_BH: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dV [B, T, H, V] in `dtype`, the gradient of the state that enters [B, H, K, V] float32, and float16, times the
-    scale: those of the same states as in `walk` [B H, groups + 1, V, K], Z, and the true one [N, C, V]."""
+    scale: those of the same states as in `walk` [B H, groups + 1, V, K], Z, and the true one [N, V, C]."""
     batch, length, heads, width = do_BTHV.shape
     _, count, chunk, keys = ready.wide_4NCK.shape
     groups = triton.cdiv(length, GROUP)
@@ -66,13 +66,13 @@ def walk_back(
     dv_BTHV = torch.empty(do_BTHV.shape, device=do_BTHV.device, dtype=dtype)
     dfirst_BHKV = torch.empty(batch, heads, keys, width, device=do_BTHV.device, dtype=torch.float32)
     dkept_GVK = half(batch * heads, groups + 1, width, keys)
-    z_NCV, true_NCV = (half(count, chunk, width) for _ in range(2))
+    z_NVC, true_NVC = (half(count, width, chunk) for _ in range(2))
     w_NCK, r_NCK, b_NCK, k_NCK = ready.wide_4NCK
     p_NCC, f_NCC, _, e_NCC = ready.square_4NCC
     operands = (b_NCK, w_NCK, k_NCK, r_NCK, p_NCC, ready.g_NK, e_NCC, f_NCC)
-    outputs = (dv_BTHV, z_NCV, true_NCV, dkept_GVK, dfirst_BHKV)
+    outputs = (dv_BTHV, z_NVC, true_NVC, dkept_GVK, dfirst_BHKV)
     _launch(operands, do_BTHV, dlast_BHKV, outputs, largest_BH, True, reverse=True)
-    return dv_BTHV, dfirst_BHKV, dkept_GVK, z_NCV, true_NCV
+    return dv_BTHV, dfirst_BHKV, dkept_GVK, z_NVC, true_NVC
 
 
 def _launch(
@@ -86,7 +86,7 @@ def _launch(
 ) -> None:
     batch, length, heads, width = x_BTHV.shape
     _, chunk, keys = operands[0].shape
-    y_BTHV, u_NCV, true_NCV, kept_GVK, last_BHKV = outputs
+    y_BTHV, u_NVC, true_NVC, kept_GVK, last_BHKV = outputs
     block = min(BLOCK_V, width)
     _walk[(batch * heads * (width // block),)](
         *operands,
@@ -94,8 +94,8 @@ def _launch(
         last_BHKV if first_BHKV is None else first_BHKV,
         last_BHKV if largest_BH is None else largest_BH,
         y_BTHV,
-        u_NCV,
-        true_NCV,
+        u_NVC,
+        true_NVC,
         kept_GVK,
         last_BHKV,
         1.0,
@@ -112,8 +112,8 @@ def _launch(
         K=keys,
         V=width,
         BLOCK_V=block,
+        STAGES=STAGES if keep or chunk > 16 else STAGES_ALONE,
         num_warps=block // VALUES_A_WARP,
-        num_stages=STAGES if keep or chunk > 16 else STAGES_ALONE,
     )
 
 
@@ -172,13 +172,6 @@ def _largest(
 
 
 @triton.jit
-def _gate(g_NK, lane, step, chunks, REVERSE: tl.constexpr, K: tl.constexpr):
-    """g of the chunk that comes at a step; zeros after the last step."""
-    chunk = chunks - 1 - step if REVERSE else step
-    return tl.load(g_NK + (lane * chunks + chunk) * K + tl.arange(0, K), mask=step < chunks, other=0.0)
-
-
-@triton.jit
 def _walk(
     across_NCK,
     back_NCK,
@@ -192,8 +185,8 @@ def _walk(
     first,
     largest,
     y,
-    u_NCV,
-    true_NCV,
+    u_NVC,
+    true_NVC,
     kept,
     last,
     scale,
@@ -214,6 +207,7 @@ def _walk(
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # Blocks of one head run together: they read the same operands.
     blocks: tl.constexpr = V // BLOCK_V
@@ -233,16 +227,14 @@ def _walk(
     if KEEP:
         border = groups if REVERSE else 0
         tl.store(kept + at_kept_VK + tl.cast(border, tl.int64) * (K * V), h_VK.to(tl.float16))
-    # The compiler does not fetch ahead what is no operand of a product; the chain would wait for it in every chunk.
-    gate_K = _gate(g_NK, lane, 0, chunks, REVERSE, K)
-    for step in range(chunks):
-        later_K = _gate(g_NK, lane, step + 1, chunks, REVERSE, K)
+    for step in tl.range(0, chunks, num_stages=STAGES):
         chunk = chunks - 1 - step if REVERSE else step
         number = lane * chunks + chunk
         start = tl.cast(chunk, tl.int64) * C
-        inside_C1 = (start + tl.arange(0, C) < length)[:, None]
-        at_x = rows(x + column, x_stride_b, x_stride_t, x_stride_h, batch, head, start, C, BLOCK_V)
-        x_CV = tl.load(at_x, mask=inside_C1, other=0.0)
+        inside_1C = (start + tl.arange(0, C) < length)[None, :]
+        at_x = columns(x + column, x_stride_b, x_stride_t, x_stride_h, batch, head, start, C, BLOCK_V)
+        x_VC = tl.load(at_x, mask=inside_1C, other=0.0)
+        gate_K = tl.load(g_NK + number * K + key_K)
         across_CK = tl.load(tile(across_NCK, number, C, K, K))
         read_CK = tl.load(tile(read_NCK, number, C, K, K))
         back_CK = tl.load(tile(back_NCK, number, C, K, K))
@@ -251,20 +243,19 @@ def _walk(
         if not REVERSE:
             p_CC = tl.trans(p_CC)
         # Forwards the scale is 1; without a product the compiler would not fetch x ahead, and the chain would wait.
-        x_VC = tl.trans((x_CV.to(tl.float32) * scale).to(tl.float16))
+        x_VC = (x_VC.to(tl.float32) * scale).to(tl.float16)
         half_VK = h_VK.to(tl.float16)
         # With U first the compiler lays all warps along the values, as the chain wants it.
         u_VC = tl.dot(half_VK, tl.trans(across_CK)).to(tl.float16)
         h_VK *= gate_K[None, :]
-        gate_K = later_K
         y_VC = tl.dot(half_VK, tl.trans(read_CK))
         h_VK = tl.dot(x_VC, write_CK, h_VK)
         h_VK = tl.dot(u_VC, back_CK, h_VK)
         y_VC = tl.dot(x_VC, p_CC, y_VC)
         if REVERSE:
             y_VC = y_VC / scale
-        at_y = rows(y + column, y_stride_b, y_stride_t, y_stride_h, batch, head, start, C, BLOCK_V)
-        tl.store(at_y, tl.trans(y_VC).to(y.dtype.element_ty), mask=inside_C1)
+        at_y = columns(y + column, y_stride_b, y_stride_t, y_stride_h, batch, head, start, C, BLOCK_V)
+        tl.store(at_y, y_VC.to(y.dtype.element_ty), mask=inside_1C)
         if KEEP:
             along_CC = tl.load(tile(along_NCC, number, C, C, C))
             if REVERSE:
@@ -272,9 +263,9 @@ def _walk(
                 true_VC = tl.dot(x_VC, along_CC, true_VC).to(tl.float16)
             else:
                 true_VC = tl.dot(x_VC, tl.trans(along_CC), u_VC.to(tl.float32)).to(tl.float16)
-            at_CV = number * (C * V) + tl.arange(0, C)[:, None] * V + value_V[None, :]
-            tl.store(u_NCV + at_CV, tl.trans(u_VC))
-            tl.store(true_NCV + at_CV, tl.trans(true_VC))
+            at_VC = number * (C * V) + value_V[:, None] * C + tl.arange(0, C)[None, :]
+            tl.store(u_NVC + at_VC, u_VC)
+            tl.store(true_NVC + at_VC, true_VC)
             # Where this chunk ends, forwards, or starts, a group does.
             if REVERSE:
                 at_border = chunk % GROUP_CHUNKS == 0

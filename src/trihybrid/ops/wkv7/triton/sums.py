@@ -29,10 +29,10 @@ def sum_values(
     ready: Prepared,
     v_BTHV: Tensor,
     do_BTHV: Tensor,
-    u_NCV: Tensor,
-    z_NCV: Tensor,
-    true_u_NCV: Tensor,
-    true_z_NCV: Tensor,
+    u_NVC: Tensor,
+    z_NVC: Tensor,
+    true_u_NVC: Tensor,
+    true_z_NVC: Tensor,
     kept_GVK: Tensor,
     dkept_GVK: Tensor,
     largest_BH: Tensor,
@@ -53,7 +53,7 @@ def sum_values(
             (kept_GVK, kept_GVK),
             (do_BTHV, v_BTHV),
             (k_NCK, b_NCK),
-            (true_z_NCV, u_NCV),
+            (true_z_NVC, u_NVC),
             (dr, dw),
         ),
         (
@@ -61,7 +61,7 @@ def sum_values(
             (dkept_GVK, kept_GVK),
             (v_BTHV, do_BTHV),
             (r_NCK, w_NCK),
-            (true_u_NCV, z_NCV),
+            (true_u_NVC, z_NVC),
             (dk, db),
         ),
     ):
@@ -74,8 +74,6 @@ def sum_values(
             ready.g_NK,
             largest_BH,
             *outputs,
-            true_u_NCV,
-            *scores_4NCC,
             e_GK,
             length,
             triton.cdiv(length, chunk),
@@ -88,9 +86,25 @@ def sum_values(
             K=keys,
             V=width,
             BLOCK_K=block,
+            STAGES=STAGES,
             num_warps=block // KEYS_A_WARP,
-            num_stages=STAGES,
         )
+    _score[(scores_4NCC.shape[1],)](
+        true_u_NVC,
+        true_z_NVC,
+        v_BTHV,
+        do_BTHV,
+        largest_BH,
+        *scores_4NCC,
+        length,
+        triton.cdiv(length, chunk),
+        heads,
+        *strides(v_BTHV),
+        *strides(do_BTHV),
+        C=chunk,
+        V=width,
+        num_warps=1,
+    )
     return (dr, dw, dk, db), scores_4NCC, e_GK
 
 
@@ -118,10 +132,45 @@ def _values(
 
 
 @triton.jit
-def _gate(g_NK, first, step, count, key_K, REVERSE: tl.constexpr, K: tl.constexpr):
-    """g, for some keys, of the chunk that comes at a step of a group; zeros after the last step."""
-    chunk = count - 1 - step if REVERSE else step
-    return tl.load(g_NK + (first + chunk) * K + key_K, mask=step < count, other=0.0)
+def _score(
+    u_NVC,
+    z_NVC,
+    v,
+    do,
+    largest,
+    zu_NCC,
+    zv_NCC,
+    ou_NCC,
+    ov_NCC,
+    length,
+    chunks,
+    heads,
+    v_stride_b,
+    v_stride_t,
+    v_stride_h,
+    do_stride_b,
+    do_stride_t,
+    do_stride_h,
+    C: tl.constexpr,
+    V: tl.constexpr,
+):
+    # Heads run fastest, as in `prepare`.
+    index = tl.program_id(0).to(tl.int64)
+    head = index % heads
+    rest = index // heads
+    chunk, batch = rest % chunks, rest // chunks
+    number = (batch * heads + head) * chunks + chunk
+    start = chunk * C
+    scale = power(tl.load(largest + batch * heads + head))
+    z_VC = tl.load(tile(z_NVC, number, V, C, C))
+    u_VC = tl.load(tile(u_NVC, number, V, C, C))
+    v_CV = _values(v, v_stride_b, v_stride_t, v_stride_h, batch, head, start, length, scale, False, C, V)
+    o_CV = _values(do, do_stride_b, do_stride_t, do_stride_h, batch, head, start, length, scale, True, C, V)
+    z_CV, v_VC = tl.trans(z_VC), tl.trans(v_CV)
+    tl.store(tile(zu_NCC, number, C, C, C), tl.dot(z_CV, u_VC).to(tl.float16))
+    tl.store(tile(zv_NCC, number, C, C, C), tl.dot(z_CV, v_VC).to(tl.float16))
+    tl.store(tile(ou_NCC, number, C, C, C), tl.dot(o_CV, u_VC).to(tl.float16))
+    tl.store(tile(ov_NCC, number, C, C, C), tl.dot(o_CV, v_VC).to(tl.float16))
 
 
 @triton.jit
@@ -132,17 +181,12 @@ def _sum(
     other,
     write_NCK,
     back_NCK,
-    along_NCV,
-    beside_NCV,
+    along_NVC,
+    beside_NVC,
     g_NK,
     largest,
     dread_NCK,
     dacross_NCK,
-    true_u_NCV,
-    zu_NCC,
-    zv_NCC,
-    ou_NCC,
-    ov_NCC,
     e_GK,
     length,
     chunks,
@@ -159,6 +203,7 @@ def _sum(
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     groups = tl.cdiv(chunks, GROUP_CHUNKS)
     # Blocks of keys run together, since they read the same values, and then heads: they share tokens.
@@ -180,10 +225,7 @@ def _sum(
         tl.store(e_GK + (lane * groups + group) * K + key_K, e_K)
     first = (group * GROUP_CHUNKS).to(tl.int32)
     count = tl.minimum(GROUP_CHUNKS, chunks - first)
-    # Fetched ahead by hand, as in `state`.
-    gate_K = _gate(g_NK, lane * chunks + first, 0, count, key_K, REVERSE, K)
-    for step in range(count):
-        later_K = _gate(g_NK, lane * chunks + first, step + 1, count, key_K, REVERSE, K)
+    for step in tl.range(0, count, num_stages=STAGES):
         chunk = first + (count - 1 - step if REVERSE else step)
         number = lane * chunks + chunk
         start = chunk.to(tl.int64) * C
@@ -204,24 +246,16 @@ def _sum(
             C,
             V,
         )
-        along_CV = tl.load(tile(along_NCV, number, C, V, V))
-        beside_CV = tl.load(tile(beside_NCV, number, C, V, V))
+        gate_K = tl.load(g_NK + number * K + key_K)
+        along_VC = tl.load(tile(along_NVC, number, V, C, C))
+        beside_VC = tl.load(tile(beside_NVC, number, V, C, C))
         at_CK = number * (C * K) + tl.arange(0, C)[:, None] * K + key_K[None, :]
         write_CK = tl.load(write_NCK + at_CK)
         back_CK = tl.load(back_NCK + at_CK)
         half_KV = h_KV.to(tl.float16)
         dread_KC = tl.dot(half_KV, tl.trans(x_CV))
-        dacross_KC = tl.dot(half_KV, tl.trans(along_CV))
+        dacross_KC = tl.dot(half_KV, along_VC)
         h_KV = tl.dot(tl.trans(write_CK), other_CV, h_KV * gate_K[:, None])
-        h_KV = tl.dot(tl.trans(back_CK), beside_CV, h_KV)
-        gate_K = later_K
+        h_KV = tl.dot(tl.trans(back_CK), tl.trans(beside_VC), h_KV)
         tl.store(dread_NCK + at_CK, tl.trans(dread_KC).to(tl.float16))
         tl.store(dacross_NCK + at_CK, tl.trans(dacross_KC).to(tl.float16))
-        if not REVERSE:  # noqa: SIM102, since a constant decides about this one alone
-            if block == 0:
-                u_VC = tl.trans(tl.load(tile(true_u_NCV, number, C, V, V)))
-                v_VC = tl.trans(other_CV)
-                tl.store(tile(zu_NCC, number, C, C, C), tl.dot(along_CV, u_VC).to(tl.float16))
-                tl.store(tile(zv_NCC, number, C, C, C), tl.dot(along_CV, v_VC).to(tl.float16))
-                tl.store(tile(ou_NCC, number, C, C, C), tl.dot(x_CV, u_VC).to(tl.float16))
-                tl.store(tile(ov_NCC, number, C, C, C), tl.dot(x_CV, v_VC).to(tl.float16))

@@ -1,0 +1,287 @@
+"""The serial chain: the state walks over the chunks, one program for each head and block of values.
+
+Forwards (the letters are those of `prepare`), with the state held as h^T [V, K], for every chunk
+    U^T = h^T W^T     o^T = h^T R*^T + V^T P*^T     h'^T = h^T diag(g) + U^T B^ + V^T K*.
+The gradient of the state walks backwards by the same equations, with W and B^, R* and K* exchanged and P* transposed:
+    Z^T = dH'^T B^^T     dV^T = dH'^T K*^T + dO^T P*     dH^T = dH'^T diag(g) + Z^T W + dO^T R*.
+For the gradients, the chain also leaves what u_t = S_{t-1}^T a_t and z_t = dS_t^T b_t truly are for every token,
+    U + N V     and     F^T Z + E^T dO.
+Transposed, a product that the next one reads is already where that one wants it, in registers: with all warps along
+the values nothing of the chain goes through shared memory. Value columns never meet.
+
+Gradients are held in float16 as well, times a power of two for each head that brings the largest of dO and dS to about
+2^-6: with 10 bits, where bfloat16 has 7, and far from both ends of its range.
+
+Legend: B batch, T time, H heads, K key width, V value width, C tokens of a chunk, N = B H chunks, G = B H groups.
+"""
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trihybrid.ops.wkv7.triton import GROUP
+from wkv7_old.chunks import rows, strides, tile
+from wkv7_old.prepare import Prepared
+
+BLOCK_V = 32
+# How far ahead tiles are fetched: further in a lone forward with chunks of 16, for which shared memory has room.
+STAGES, STAGES_ALONE = 3, 6
+VALUES_A_WARP = 16
+ROWS = 128  # tokens that one program searches for the largest gradient
+
+
+def walk(
+    ready: Prepared, v_BTHV: Tensor, state_BHKV: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o [B, T, H, V] in v's dtype, the state that leaves [B, H, K, V] float32, and for the backward, float16 or empty:
+    the states that enter each group and that leave the last one [B H, groups + 1, V, K], U and the true U [N, C, V]."""
+    batch, length, heads, width = v_BTHV.shape
+    _, count, chunk, keys = ready.wide_4NCK.shape
+    groups = triton.cdiv(length, GROUP)
+    half = partial(torch.empty, device=v_BTHV.device, dtype=torch.float16)
+    o_BTHV = torch.empty(v_BTHV.shape, device=v_BTHV.device, dtype=v_BTHV.dtype)
+    last_BHKV = torch.empty(batch, heads, keys, width, device=v_BTHV.device, dtype=torch.float32)
+    kept_GVK = half(batch * heads if keep else 0, groups + 1, width, keys)
+    u_NCV, true_NCV = (half(count if keep else 0, chunk, width) for _ in range(2))
+    w_NCK, r_NCK, b_NCK, k_NCK = ready.wide_4NCK
+    p_NCC, n_NCC = ready.square_4NCC[0], ready.square_4NCC[2 if keep else 0]
+    operands = (w_NCK, b_NCK, r_NCK, k_NCK, p_NCC, ready.g_NK, n_NCC, n_NCC)
+    outputs = (o_BTHV, u_NCV, true_NCV, kept_GVK, last_BHKV)
+    _launch(operands, v_BTHV, state_BHKV, outputs, None, keep, reverse=False)
+    return o_BTHV, last_BHKV, kept_GVK, u_NCV, true_NCV
+
+
+def walk_back(
+    ready: Prepared, do_BTHV: Tensor, dlast_BHKV: Tensor | None, largest_BH: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dV [B, T, H, V] in `dtype`, the gradient of the state that enters [B, H, K, V] float32, and float16, times the
+    scale: those of the same states as in `walk` [B H, groups + 1, V, K], Z, and the true one [N, C, V]."""
+    batch, length, heads, width = do_BTHV.shape
+    _, count, chunk, keys = ready.wide_4NCK.shape
+    groups = triton.cdiv(length, GROUP)
+    half = partial(torch.empty, device=do_BTHV.device, dtype=torch.float16)
+    dv_BTHV = torch.empty(do_BTHV.shape, device=do_BTHV.device, dtype=dtype)
+    dfirst_BHKV = torch.empty(batch, heads, keys, width, device=do_BTHV.device, dtype=torch.float32)
+    dkept_GVK = half(batch * heads, groups + 1, width, keys)
+    z_NCV, true_NCV = (half(count, chunk, width) for _ in range(2))
+    w_NCK, r_NCK, b_NCK, k_NCK = ready.wide_4NCK
+    p_NCC, f_NCC, _, e_NCC = ready.square_4NCC
+    operands = (b_NCK, w_NCK, k_NCK, r_NCK, p_NCC, ready.g_NK, e_NCC, f_NCC)
+    outputs = (dv_BTHV, z_NCV, true_NCV, dkept_GVK, dfirst_BHKV)
+    _launch(operands, do_BTHV, dlast_BHKV, outputs, largest_BH, True, reverse=True)
+    return dv_BTHV, dfirst_BHKV, dkept_GVK, z_NCV, true_NCV
+
+
+def _launch(
+    operands: tuple[Tensor, ...],
+    x_BTHV: Tensor,
+    first_BHKV: Tensor | None,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    largest_BH: Tensor | None,
+    keep: bool,
+    reverse: bool,
+) -> None:
+    batch, length, heads, width = x_BTHV.shape
+    _, chunk, keys = operands[0].shape
+    y_BTHV, u_NCV, true_NCV, kept_GVK, last_BHKV = outputs
+    block = min(BLOCK_V, width)
+    _walk[(batch * heads * (width // block),)](
+        *operands,
+        x_BTHV,
+        last_BHKV if first_BHKV is None else first_BHKV,
+        last_BHKV if largest_BH is None else largest_BH,
+        y_BTHV,
+        u_NCV,
+        true_NCV,
+        kept_GVK,
+        last_BHKV,
+        1.0,
+        length,
+        triton.cdiv(length, chunk),
+        heads,
+        *strides(x_BTHV),
+        *strides(y_BTHV),
+        HAS_FIRST=first_BHKV is not None,
+        KEEP=keep,
+        REVERSE=reverse,
+        GROUP_CHUNKS=GROUP // chunk,
+        C=chunk,
+        K=keys,
+        V=width,
+        BLOCK_V=block,
+        num_warps=block // VALUES_A_WARP,
+        num_stages=STAGES if keep or chunk > 16 else STAGES_ALONE,
+    )
+
+
+def largest_gradient(do_BTHV: Tensor, dlast_BHKV: Tensor | None) -> Tensor:
+    """The largest size of dO and dS in each batch and head, float32 [B, H]."""
+    batch, length, heads, width = do_BTHV.shape
+    largest_BH = torch.zeros(batch, heads, device=do_BTHV.device, dtype=torch.float32)
+    _largest[(batch * heads, triton.cdiv(length, ROWS))](
+        do_BTHV,
+        largest_BH if dlast_BHKV is None else dlast_BHKV,
+        largest_BH,
+        length,
+        heads,
+        *strides(do_BTHV),
+        HAS_LAST=dlast_BHKV is not None,
+        ROWS=ROWS,
+        K=16 if dlast_BHKV is None else dlast_BHKV.shape[2],
+        V=width,
+        num_warps=4,
+    )
+    return largest_BH
+
+
+@triton.jit
+def power(largest):
+    """The power of two that brings `largest` (float32, at least 0) to 2^-6 .. 2^-7; 2^100 at most."""
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 126
+    exponent = tl.minimum(-6 - exponent, 100)
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _largest(
+    x,
+    last,
+    largest,
+    length,
+    heads,
+    stride_b,
+    stride_t,
+    stride_h,
+    HAS_LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+):
+    lane = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1).to(tl.int64) * ROWS
+    inside_R1 = (start + tl.arange(0, ROWS) < length)[:, None]
+    at_RV = rows(x, stride_b, stride_t, stride_h, lane // heads, lane % heads, start, ROWS, V)
+    found = tl.max(tl.abs(tl.load(at_RV, mask=inside_R1, other=0.0).to(tl.float32)))
+    if HAS_LAST:  # noqa: SIM102, since a constant decides about this one alone
+        if tl.program_id(1) == 0:
+            found = tl.maximum(found, tl.max(tl.abs(tl.load(tile(last, lane, K, V, V)))))
+    tl.atomic_max(largest + lane, found, sem="relaxed")
+
+
+@triton.jit
+def _gate(g_NK, lane, step, chunks, REVERSE: tl.constexpr, K: tl.constexpr):
+    """g of the chunk that comes at a step; zeros after the last step."""
+    chunk = chunks - 1 - step if REVERSE else step
+    return tl.load(g_NK + (lane * chunks + chunk) * K + tl.arange(0, K), mask=step < chunks, other=0.0)
+
+
+@triton.jit
+def _walk(
+    across_NCK,
+    back_NCK,
+    read_NCK,
+    write_NCK,
+    p_NCC,
+    g_NK,
+    along_NCC,
+    f_NCC,
+    x,
+    first,
+    largest,
+    y,
+    u_NCV,
+    true_NCV,
+    kept,
+    last,
+    scale,
+    length,
+    chunks,
+    heads,
+    x_stride_b,
+    x_stride_t,
+    x_stride_h,
+    y_stride_b,
+    y_stride_t,
+    y_stride_h,
+    HAS_FIRST: tl.constexpr,
+    KEEP: tl.constexpr,
+    REVERSE: tl.constexpr,
+    GROUP_CHUNKS: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    # Blocks of one head run together: they read the same operands.
+    blocks: tl.constexpr = V // BLOCK_V
+    lane = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, head = lane // heads, lane % heads
+    column = tl.program_id(0) % blocks * BLOCK_V
+    groups = tl.cdiv(chunks, GROUP_CHUNKS)
+    value_V = column + tl.arange(0, BLOCK_V)
+    key_K = tl.arange(0, K)
+    at_state_VK = lane * (K * V) + key_K[None, :] * V + value_V[:, None]
+    at_kept_VK = lane * (groups + 1) * (K * V) + value_V[:, None] * K + key_K[None, :]
+    if REVERSE:
+        scale = power(tl.load(largest + lane))
+    h_VK = tl.zeros((BLOCK_V, K), tl.float32)
+    if HAS_FIRST:
+        h_VK += tl.load(first + at_state_VK) * scale
+    if KEEP:
+        border = groups if REVERSE else 0
+        tl.store(kept + at_kept_VK + tl.cast(border, tl.int64) * (K * V), h_VK.to(tl.float16))
+    # The compiler does not fetch ahead what is no operand of a product; the chain would wait for it in every chunk.
+    gate_K = _gate(g_NK, lane, 0, chunks, REVERSE, K)
+    for step in range(chunks):
+        later_K = _gate(g_NK, lane, step + 1, chunks, REVERSE, K)
+        chunk = chunks - 1 - step if REVERSE else step
+        number = lane * chunks + chunk
+        start = tl.cast(chunk, tl.int64) * C
+        inside_C1 = (start + tl.arange(0, C) < length)[:, None]
+        at_x = rows(x + column, x_stride_b, x_stride_t, x_stride_h, batch, head, start, C, BLOCK_V)
+        x_CV = tl.load(at_x, mask=inside_C1, other=0.0)
+        across_CK = tl.load(tile(across_NCK, number, C, K, K))
+        read_CK = tl.load(tile(read_NCK, number, C, K, K))
+        back_CK = tl.load(tile(back_NCK, number, C, K, K))
+        write_CK = tl.load(tile(write_NCK, number, C, K, K))
+        p_CC = tl.load(tile(p_NCC, number, C, C, C))
+        if not REVERSE:
+            p_CC = tl.trans(p_CC)
+        # Forwards the scale is 1; without a product the compiler would not fetch x ahead, and the chain would wait.
+        x_VC = tl.trans((x_CV.to(tl.float32) * scale).to(tl.float16))
+        half_VK = h_VK.to(tl.float16)
+        # With U first the compiler lays all warps along the values, as the chain wants it.
+        u_VC = tl.dot(half_VK, tl.trans(across_CK)).to(tl.float16)
+        h_VK *= gate_K[None, :]
+        gate_K = later_K
+        y_VC = tl.dot(half_VK, tl.trans(read_CK))
+        h_VK = tl.dot(x_VC, write_CK, h_VK)
+        h_VK = tl.dot(u_VC, back_CK, h_VK)
+        y_VC = tl.dot(x_VC, p_CC, y_VC)
+        if REVERSE:
+            y_VC = y_VC / scale
+        at_y = rows(y + column, y_stride_b, y_stride_t, y_stride_h, batch, head, start, C, BLOCK_V)
+        tl.store(at_y, tl.trans(y_VC).to(y.dtype.element_ty), mask=inside_C1)
+        if KEEP:
+            along_CC = tl.load(tile(along_NCC, number, C, C, C))
+            if REVERSE:
+                true_VC = tl.dot(u_VC, tl.load(tile(f_NCC, number, C, C, C)))
+                true_VC = tl.dot(x_VC, along_CC, true_VC).to(tl.float16)
+            else:
+                true_VC = tl.dot(x_VC, tl.trans(along_CC), u_VC.to(tl.float32)).to(tl.float16)
+            at_CV = number * (C * V) + tl.arange(0, C)[:, None] * V + value_V[None, :]
+            tl.store(u_NCV + at_CV, tl.trans(u_VC))
+            tl.store(true_NCV + at_CV, tl.trans(true_VC))
+            # Where this chunk ends, forwards, or starts, a group does.
+            if REVERSE:
+                at_border = chunk % GROUP_CHUNKS == 0
+                border = chunk // GROUP_CHUNKS
+            else:
+                at_border = (chunk % GROUP_CHUNKS == GROUP_CHUNKS - 1) | (chunk == chunks - 1)
+                border = chunk // GROUP_CHUNKS + 1
+            if at_border:
+                tl.store(kept + at_kept_VK + border.to(tl.int64) * (K * V), h_VK.to(tl.float16))
+    tl.store(last + at_state_VK, h_VK / scale)

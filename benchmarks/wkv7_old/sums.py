@@ -1,0 +1,227 @@
+"""Gradients that are sums over values, for all groups of chunks and blocks of keys in parallel.
+
+With the letters of `prepare` and `state`, U and Z being the true ones, for every chunk
+    dO h^T    Z h^T    Z U^T    Z V^T    dO U^T    dO V^T       and, with dH' the gradient of the state that leaves,
+    V dH'^T   U dH'^T.
+Neither h nor dH' was kept for every chunk. A group's first h is there, and walks forwards through the group once more,
+h' = diag(g) h + K*^T V + B^^T U; so is its last dH', which walks backwards, dH = diag(g) dH' + R*^T dO + W^T Z, with U
+and Z as the chain had them. Since these are known, rows of keys never meet, and a state is held as [K, V], ready to be
+the left operand.
+At the end of each group e = rowsum_V(dH' . h'), where the sums that lead to the gradient of log_w start.
+
+Legend: B batch, T time, H heads, K key width, V value width, C tokens of a chunk, N = B H chunks, G = B H groups.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wkv7_old.chunks import rows, strides, tile
+from wkv7_old.prepare import Prepared
+from wkv7_old.state import GROUP, power
+
+BLOCK_K, STAGES = 64, 3
+KEYS_A_WARP = 16
+
+
+def sum_values(
+    ready: Prepared,
+    v_BTHV: Tensor,
+    do_BTHV: Tensor,
+    u_NCV: Tensor,
+    z_NCV: Tensor,
+    true_u_NCV: Tensor,
+    true_z_NCV: Tensor,
+    kept_GVK: Tensor,
+    dkept_GVK: Tensor,
+    largest_BH: Tensor,
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """dO h^T, Z h^T, V dH'^T, U dH'^T [N, C, K] and Z U^T, Z V^T, dO U^T, dO V^T [4, N, C, C] (all their entries) in
+    float16, e [B H, groups, K] in float32; all times the scale."""
+    w_NCK, r_NCK, b_NCK, k_NCK = ready.wide_4NCK
+    _, chunk, keys = w_NCK.shape
+    lanes, borders = kept_GVK.shape[:2]
+    dr, dw, dk, db = (torch.empty_like(w_NCK) for _ in range(4))
+    scores_4NCC = torch.empty(4, *ready.square_4NCC.shape[1:], device=v_BTHV.device, dtype=torch.float16)
+    e_GK = torch.empty(lanes, borders - 1, keys, device=v_BTHV.device, dtype=torch.float32)
+    _, length, heads, width = v_BTHV.shape
+    block = min(BLOCK_K, keys)
+    for reverse, states, (x, other), operands, values, outputs in (
+        (
+            False,
+            (kept_GVK, kept_GVK),
+            (do_BTHV, v_BTHV),
+            (k_NCK, b_NCK),
+            (true_z_NCV, u_NCV),
+            (dr, dw),
+        ),
+        (
+            True,
+            (dkept_GVK, kept_GVK),
+            (v_BTHV, do_BTHV),
+            (r_NCK, w_NCK),
+            (true_u_NCV, z_NCV),
+            (dk, db),
+        ),
+    ):
+        _sum[(lanes * (borders - 1) * (keys // block),)](
+            *states,
+            x,
+            other,
+            *operands,
+            *values,
+            ready.g_NK,
+            largest_BH,
+            *outputs,
+            true_u_NCV,
+            *scores_4NCC,
+            e_GK,
+            length,
+            triton.cdiv(length, chunk),
+            heads,
+            *strides(x),
+            *strides(other),
+            REVERSE=reverse,
+            GROUP_CHUNKS=GROUP // chunk,
+            C=chunk,
+            K=keys,
+            V=width,
+            BLOCK_K=block,
+            num_warps=block // KEYS_A_WARP,
+            num_stages=STAGES,
+        )
+    return (dr, dw, dk, db), scores_4NCC, e_GK
+
+
+@triton.jit
+def _values(
+    x,
+    stride_b,
+    stride_t,
+    stride_h,
+    batch,
+    head,
+    start,
+    length,
+    scale,
+    SCALED: tl.constexpr,
+    C: tl.constexpr,
+    V: tl.constexpr,
+):
+    """Rows of V, or of dO times the scale, in float16."""
+    at = rows(x, stride_b, stride_t, stride_h, batch, head, start, C, V)
+    x_CV = tl.load(at, mask=(start + tl.arange(0, C) < length)[:, None], other=0.0)
+    if SCALED:
+        x_CV = x_CV.to(tl.float32) * scale
+    return x_CV.to(tl.float16)
+
+
+@triton.jit
+def _gate(g_NK, first, step, count, key_K, REVERSE: tl.constexpr, K: tl.constexpr):
+    """g, for some keys, of the chunk that comes at a step of a group; zeros after the last step."""
+    chunk = count - 1 - step if REVERSE else step
+    return tl.load(g_NK + (first + chunk) * K + key_K, mask=step < count, other=0.0)
+
+
+@triton.jit
+def _sum(
+    states,
+    kept,
+    x,
+    other,
+    write_NCK,
+    back_NCK,
+    along_NCV,
+    beside_NCV,
+    g_NK,
+    largest,
+    dread_NCK,
+    dacross_NCK,
+    true_u_NCV,
+    zu_NCC,
+    zv_NCC,
+    ou_NCC,
+    ov_NCC,
+    e_GK,
+    length,
+    chunks,
+    heads,
+    x_stride_b,
+    x_stride_t,
+    x_stride_h,
+    other_stride_b,
+    other_stride_t,
+    other_stride_h,
+    REVERSE: tl.constexpr,
+    GROUP_CHUNKS: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    groups = tl.cdiv(chunks, GROUP_CHUNKS)
+    # Blocks of keys run together, since they read the same values, and then heads: they share tokens.
+    blocks: tl.constexpr = K // BLOCK_K
+    index = (tl.program_id(0) // blocks).to(tl.int64)
+    head = index % heads
+    rest = index // heads
+    group, batch = rest % groups, rest // groups
+    lane = batch * heads + head
+    block = tl.program_id(0) % blocks
+    scale = power(tl.load(largest + lane))
+    key_K = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    # The state that enters the group, or the gradient of the one that leaves it.
+    at_KV = (lane * (groups + 1) + group + (1 if REVERSE else 0)) * (K * V)
+    at_KV += tl.arange(0, V)[None, :] * K + key_K[:, None]
+    h_KV = tl.load(states + at_KV).to(tl.float32)
+    if REVERSE:
+        e_K = tl.sum(h_KV * tl.load(kept + at_KV).to(tl.float32), 1)
+        tl.store(e_GK + (lane * groups + group) * K + key_K, e_K)
+    first = (group * GROUP_CHUNKS).to(tl.int32)
+    count = tl.minimum(GROUP_CHUNKS, chunks - first)
+    # Fetched ahead by hand, as in `state`.
+    gate_K = _gate(g_NK, lane * chunks + first, 0, count, key_K, REVERSE, K)
+    for step in range(count):
+        later_K = _gate(g_NK, lane * chunks + first, step + 1, count, key_K, REVERSE, K)
+        chunk = first + (count - 1 - step if REVERSE else step)
+        number = lane * chunks + chunk
+        start = chunk.to(tl.int64) * C
+        x_CV = _values(
+            x, x_stride_b, x_stride_t, x_stride_h, batch, head, start, length, scale, not REVERSE, C, V
+        )
+        other_CV = _values(
+            other,
+            other_stride_b,
+            other_stride_t,
+            other_stride_h,
+            batch,
+            head,
+            start,
+            length,
+            scale,
+            REVERSE,
+            C,
+            V,
+        )
+        along_CV = tl.load(tile(along_NCV, number, C, V, V))
+        beside_CV = tl.load(tile(beside_NCV, number, C, V, V))
+        at_CK = number * (C * K) + tl.arange(0, C)[:, None] * K + key_K[None, :]
+        write_CK = tl.load(write_NCK + at_CK)
+        back_CK = tl.load(back_NCK + at_CK)
+        half_KV = h_KV.to(tl.float16)
+        dread_KC = tl.dot(half_KV, tl.trans(x_CV))
+        dacross_KC = tl.dot(half_KV, tl.trans(along_CV))
+        h_KV = tl.dot(tl.trans(write_CK), other_CV, h_KV * gate_K[:, None])
+        h_KV = tl.dot(tl.trans(back_CK), beside_CV, h_KV)
+        gate_K = later_K
+        tl.store(dread_NCK + at_CK, tl.trans(dread_KC).to(tl.float16))
+        tl.store(dacross_NCK + at_CK, tl.trans(dacross_KC).to(tl.float16))
+        if not REVERSE:  # noqa: SIM102, since a constant decides about this one alone
+            if block == 0:
+                u_VC = tl.trans(tl.load(tile(true_u_NCV, number, C, V, V)))
+                v_VC = tl.trans(other_CV)
+                tl.store(tile(zu_NCC, number, C, C, C), tl.dot(along_CV, u_VC).to(tl.float16))
+                tl.store(tile(zv_NCC, number, C, C, C), tl.dot(along_CV, v_VC).to(tl.float16))
+                tl.store(tile(ou_NCC, number, C, C, C), tl.dot(x_CV, u_VC).to(tl.float16))
+                tl.store(tile(ov_NCC, number, C, C, C), tl.dot(x_CV, v_VC).to(tl.float16))
