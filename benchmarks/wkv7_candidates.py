@@ -44,9 +44,9 @@ class Case:
         self.tokens, self.do = tokens, make_weights((batch, time, heads, width), tokens[3])[0]
         r, w, k, v, a, b = tokens
         self.five = (r, w, k, a, b)
-        self.ready = prepare.prepare(*self.five, None, 16, True)
+        self.ready = prepare.prepare(*self.five, None, 16, True, False)
         self.largest = state.largest_gradient(self.do, None)
-        o, last, self.kept, self.u, self.true_u = state.walk(self.ready, v, None, True)
+        o, last, self.kept, self.u, self.true_u = state.walk(self.ready, v, heads, None, True)
         _, _, self.dkept, self.z, self.true_z = state.walk_back(self.ready, self.do, None, self.largest, v.dtype)
         n, width, chunk = self.u.shape
         self.ut, self.true_ut, self.zt, self.true_zt = (
@@ -57,10 +57,12 @@ class Case:
         )
 
     def prepare(self, room, keep=True):
-        return room.prepare(*self.five, None, 16, keep)
+        more = () if room is old_prepare else (False,)
+        return room.prepare(*self.five, None, 16, keep, *more)
 
     def walk(self, room, keep=True):
-        return room.walk(self.ready, self.tokens[3], None, keep)
+        more = () if room is old_state else (self.tokens[0].shape[2],)
+        return room.walk(self.ready, self.tokens[3], *more, None, keep)
 
     def walk_back(self, room):
         return room.walk_back(self.ready, self.do, None, self.largest, torch.bfloat16)
@@ -73,7 +75,10 @@ class Case:
         return room.sum_values(self.ready, self.tokens[3], self.do, *values, self.kept, self.dkept, self.largest)
 
     def gradient(self, room):
-        return room.differentiate(self.five, None, self.sums[1], self.sums[0], self.sums[2], self.largest)
+        more = () if room is old_gradient else (None,)
+        return room.differentiate(
+            self.five, None, self.sums[1], self.sums[0], self.sums[2], self.largest, *more
+        )
 
 
 def with_constants(room, call, **constants):
@@ -134,6 +139,47 @@ def compile_all():
                 attempt(name, call)
     finally:
         JITFunction.run = run
+
+
+def grouped():
+    """Correctness of the grouped form, and its time beside the operands as the mixer made them."""
+    from trihybrid.ops.wkv7.grouped import wkv7_grouped
+    from trihybrid.ops.wkv7.triton import wkv7_triton_grouped
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    for shape, groups, timed in (((2, 333, 4, 128), 2, False), ((1, 4096, 32, 128), 4, True)):
+        r, log_w, k, v, a, _, _ = make_inputs("random", shape, 0, "cuda", torch.bfloat16)
+        iclr = torch.rand(shape, generator=generator, device="cuda")
+        inputs = [r, log_w.float(), *(x[:, :, :groups] for x in (k, v)), -a[:, :, :groups].float(), iclr]
+        do = make_weights(shape, r)[0]
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        if not timed:
+            exact = [x.detach().double().requires_grad_() for x in inputs]
+            found, expected = (
+                torch.autograd.grad(o, x, do.to(o.dtype))
+                for o, x in (
+                    (wkv7_triton_grouped(*leaves)[0], leaves),
+                    (wkv7_grouped(*exact, backend="chunked")[0], exact),
+                )
+            )
+            for name, x, y in zip("r log_w k v kk iclr".split(), found, expected, strict=True):
+                say(f"grouped d{name} {((x.double() - y).norm() / y.norm()).item():.1e}")
+            continue
+
+        def repeated(r, log_w, k, v, kk, iclr):
+            k, v, kk = (x.repeat_interleave(r.shape[2] // groups, 2) for x in (k.float(), v, kk))
+            return wkv7_triton(r, log_w, k * (1 - log_w.exp() + iclr), v, -kk, kk * iclr)
+
+        for name, operator in (("grouped", wkv7_triton_grouped), ("repeated", repeated)):
+
+            def forward():
+                with torch.no_grad():
+                    return operator(*inputs)
+
+            def both():
+                torch.autograd.grad(operator(*leaves)[0], leaves, do)
+
+            say(f"{name}: forward {median_ms(forward):.3f}, both {median_ms(both):.3f} ms")
 
 
 def main():
@@ -220,6 +266,7 @@ def main():
             f"back to back {1e3 * statistics.median(walls):.3f}, graph {replay:.3f}"
         )
         del kept
+    attempt("grouped", grouped)
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:

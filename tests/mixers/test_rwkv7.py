@@ -83,10 +83,10 @@ def test_decay_stays_in_its_range(monkeypatch):
 
     def spy(*arguments):
         seen.append(arguments[1])
-        return wkv7(*arguments)
+        return wkv7_grouped(*arguments)
 
-    wkv7 = module.wkv7
-    monkeypatch.setattr(module, "wkv7", spy)
+    wkv7_grouped = module.wkv7_grouped
+    monkeypatch.setattr(module, "wkv7_grouped", spy)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         mixer = small(dtype=dtype)
         with torch.no_grad():

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from interpreted import MARKS
 from trihybrid.ops.wkv7 import wkv7
+from trihybrid.ops.wkv7.grouped import wkv7_grouped
 from trihybrid.testing.compare import relative_error
 from trihybrid.testing.wkv7_cases import (
     KINDS,
@@ -54,9 +55,9 @@ def run(operator, inputs, reset, weights):
     return found
 
 
-def check(operator, kind, inputs, reset, expected=None) -> None:
+def check(operator, kind, inputs, reset, expected=None, weights=None) -> None:
     """Every output and gradient, finite and near enough to the exact ones."""
-    weights = make_weights(tuple(inputs[3].shape), inputs[3])
+    weights = make_weights(tuple(inputs[3].shape), inputs[3]) if weights is None else weights
     expected = answer(inputs, reset, weights) if expected is None else expected
     for name, error in errors(run(operator, inputs, reset, weights), expected, inputs[0]).items():
         assert error <= tolerance(kind, name), f"{name}: {error:.2e}"
@@ -131,6 +132,58 @@ class TestInterpreted:
         for at in (0, 2, 3):
             inputs[at] = inputs[at].half()
         check(operator, "random", inputs, None)
+
+
+def make_grouped(kind, shape, groups, seed=0, device="cpu", dtype=torch.float32):
+    """r, log_w, k, v, kk, iclr and a state for `groups` of heads, of a kind of `make_inputs`."""
+    r, log_w, k, v, a, b, state = make_inputs(kind, shape, seed, device, dtype)
+    iclr = (b.float() * -a.float()).sum(-1, keepdim=True)
+    scatter = torch.rand(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+    k, v, kk = (x[:, :, :groups] for x in (k, v, -a))
+    return [r, log_w, k, v, kk, (iclr * (0.5 + scatter)).to(dtype), state]
+
+
+def check_grouped(operator, kind, inputs, reset) -> None:
+    """As `check`, against the definition."""
+    leaves = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
+    weights = make_weights((*inputs[0].shape[:3], inputs[3].shape[-1]), inputs[3])
+    o, final = wkv7_grouped(*leaves, reset, "reference")
+    check(operator, kind, inputs, reset, differentiate(o, final, leaves, weights), weights)
+
+
+class TestGroupedInterpreted:
+    """Heads that share keys and values, in float32."""
+
+    pytestmark = MARKS
+
+    @pytest.fixture
+    def operator(self, load):
+        return load("trihybrid.ops.wkv7.triton").wkv7_triton_grouped
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_kinds(self, operator, kind):
+        check_grouped(operator, kind, make_grouped(kind, (1, 21, 4, 16), 2), None)
+
+    @pytest.mark.parametrize("groups", [1, 2])
+    @pytest.mark.parametrize("stateful", [True, False])
+    def test_groups(self, operator, groups, stateful):
+        inputs = make_grouped("random", (2, 20, 2, 16), groups)
+        check_grouped(operator, "random", inputs if stateful else [*inputs[:6], None], None)
+
+    def test_a_second_group_of_tokens(self, operator):
+        check_grouped(operator, "random", make_grouped("random", (1, 70, 2, 16), 1), None)
+
+    def test_documents(self, operator):
+        inputs, reset = make_grouped("random", (2, 40, 2, 16), 1), borders(2, 40, [0, 5, 6, 16, 33])
+        # The recurrence does not decay there, but keys are still scaled by it.
+        inputs[1][reset] = -0.9
+        check_grouped(operator, "random", inputs, reset)
+
+    def test_dtypes_may_differ(self, operator):
+        inputs = make_grouped("random", (1, 20, 2, 16), 1)
+        for at in (0, 2, 3):
+            inputs[at] = inputs[at].half()
+        check_grouped(operator, "random", inputs, None)
 
 
 class TestStepInterpreted:

@@ -24,6 +24,7 @@ from trihybrid.ops.wkv7.triton.chunks import (
     exponents,
     inside,
     pairs,
+    recurrent,
     rows,
     running,
     steepest,
@@ -42,15 +43,20 @@ def differentiate(
     sums: tuple[Tensor, ...],
     e_GK: Tensor,
     largest_BH: Tensor,
+    parts: torch.dtype | None,
 ) -> tuple[Tensor, ...]:
     """Gradients of r, log_w, k, a, b, each contiguous and in the dtype of its input.
 
     inputs: r, log_w, k, a, b [B, T, H, K]; reset_BT: uint8 or None; the rest is what `sums.sum_values` returns.
+    parts: None, or for k [B, T, G, K], kk [B, T, G, K] and iclr in the place of k, a and b (`chunks.recurrent`), the
+        dtype of what each head adds to the gradients of k and kk, which is returned [B, T, H, K].
     """
     r_BTHK = inputs[0]
     batch, length, heads, keys = r_BTHK.shape
     chunk = scores_4NCC.shape[2]
-    outputs = tuple(torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in inputs)
+    grouped = parts is not None
+    dtypes = [parts if grouped and at in (2, 3) else x.dtype for at, x in enumerate(inputs)]
+    outputs = tuple(torch.empty(r_BTHK.shape, device=r_BTHK.device, dtype=dtype) for dtype in dtypes)
     groups = triton.cdiv(length, GROUP)
     block = min(BLOCK_K, keys)
     _differentiate[(batch * heads * groups * (keys // block),)](
@@ -64,10 +70,12 @@ def differentiate(
         length,
         triton.cdiv(length, chunk),
         heads,
+        heads // inputs[2].shape[2],
         *(stride for x in inputs for stride in strides(x)),
         STEEPEST=steepest(chunk),
         HAS_RESET=reset_BT is not None,
         WHOLE=length % chunk == 0,
+        GROUPED=grouped,
         GROUP_CHUNKS=GROUP // chunk,
         C=chunk,
         K=keys,
@@ -104,6 +112,7 @@ def _differentiate(
     length,
     chunks,
     heads,
+    repeats,
     r_stride_b,
     r_stride_t,
     r_stride_h,
@@ -122,6 +131,7 @@ def _differentiate(
     STEEPEST: tl.constexpr,
     HAS_RESET: tl.constexpr,
     WHOLE: tl.constexpr,
+    GROUPED: tl.constexpr,
     GROUP_CHUNKS: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
@@ -136,6 +146,7 @@ def _differentiate(
     head = index % heads
     rest = index // heads
     group, batch = rest % groups, rest // groups
+    shared = head // repeats
     lane = batch * heads + head
     back = 1.0 / power(tl.load(largest + lane))
     e_1K = back * tl.load(e_GK + (lane * groups + group) * K + key + tl.arange(0, BLOCK_K))[None, :]
@@ -150,10 +161,11 @@ def _differentiate(
         starts_C, document_C = documents(reset, batch, start, length, C, HAS_RESET)
         at_w = rows(log_w + key, w_stride_b, w_stride_t, w_stride_h, batch, head, start, C, BLOCK_K)
         at_r = rows(r + key, r_stride_b, r_stride_t, r_stride_h, batch, head, start, C, BLOCK_K)
-        at_k = rows(k + key, k_stride_b, k_stride_t, k_stride_h, batch, head, start, C, BLOCK_K)
-        at_a = rows(a + key, a_stride_b, a_stride_t, a_stride_h, batch, head, start, C, BLOCK_K)
+        at_k = rows(k + key, k_stride_b, k_stride_t, k_stride_h, batch, shared, start, C, BLOCK_K)
+        at_a = rows(a + key, a_stride_b, a_stride_t, a_stride_h, batch, shared, start, C, BLOCK_K)
         at_b = rows(b + key, b_stride_b, b_stride_t, b_stride_h, batch, head, start, C, BLOCK_K)
         # All of a chunk is asked for at once: what comes after the first exchange between threads waits for it.
+        w_CK = tl.load(at_w, mask=inside_C1, other=0.0)
         a_CK = tl.load(at_a, mask=inside_C1, other=0.0)
         r_CK = tl.load(at_r, mask=inside_C1, other=0.0)
         b_CK = tl.load(at_b, mask=inside_C1, other=0.0)
@@ -166,7 +178,12 @@ def _differentiate(
         dr_CK = tl.load(tile(dr_NCK, number, C, K, BLOCK_K) + key)
         db_CK = tl.load(tile(db_NCK, number, C, K, BLOCK_K) + key)
         dk_CK = tl.load(tile(dk_NCK, number, C, K, BLOCK_K) + key)
-        w_CK, c_CK, middle_1K, total_1K = exponents(at_w, starts_C, inside_C1, STEEPEST, C)
+        if GROUPED:
+            # k (1 - exp(log_w) + iclr), kk and iclr, of which k, a and b were made.
+            key_CK, unit_CK, iclr_CK = k_CK.to(tl.float32), a_CK.to(tl.float32), b_CK.to(tl.float32)
+            decay_CK = tl.exp2(w_CK.to(tl.float32) * BITS)
+        k_CK, a_CK, b_CK = recurrent(k_CK, a_CK, b_CK, w_CK, GROUPED)
+        w_CK, c_CK, middle_1K, total_1K = exponents(w_CK, starts_C, STEEPEST, C)
         c_CK -= middle_1K
         enter_CK = tl.exp2(middle_1K) * back
         leave_CK = tl.exp2(total_1K - middle_1K) * back
@@ -176,10 +193,10 @@ def _differentiate(
         grow_CK = tl.exp2(c_CK - w_CK * BITS)
         fall_CK = tl.exp2(c_CK)
         rise_CK = tl.exp2(-c_CK)
-        a_CK = a_CK.to(tl.float32) * grow_CK
+        a_CK *= grow_CK
         r_CK = r_CK.to(tl.float32) * fall_CK
-        b_CK = b_CK.to(tl.float32) * rise_CK
-        k_CK = k_CK.to(tl.float32) * rise_CK
+        b_CK *= rise_CK
+        k_CK *= rise_CK
         strict_CC = pairs(document_C, True, C)
         loose_CC = pairs(document_C, False, C)
         zu_CC = tl.where(strict_CC, zu_CC.to(tl.float32) * back, 0.0)
@@ -192,7 +209,9 @@ def _differentiate(
         da_CK = da_CK.to(tl.float32) * enter_CK
         da_CK = tl.dot(zu_CC, b_CK, da_CK, input_precision="tf32")
         da_CK = tl.dot(zv_CC, k_CK, da_CK, input_precision="tf32")
-        tl.store(da + at_out, (da_CK * grow_CK).to(da.dtype.element_ty), mask=inside_C1)
+        own_da_CK = da_CK * grow_CK
+        if not GROUPED:
+            tl.store(da + at_out, own_da_CK.to(da.dtype.element_ty), mask=inside_C1)
         da_CK *= a_CK
 
         dr_CK = dr_CK.to(tl.float32) * enter_CK
@@ -204,18 +223,30 @@ def _differentiate(
         db_CK = db_CK.to(tl.float32) * leave_CK
         db_CK = tl.dot(tl.trans(zu_CC), a_CK, db_CK, input_precision="tf32")
         db_CK = tl.dot(tl.trans(ou_CC), r_CK, db_CK, input_precision="tf32")
-        tl.store(db + at_out, (db_CK * rise_CK).to(db.dtype.element_ty), mask=inside_C1)
+        own_db_CK = db_CK * rise_CK
+        if GROUPED:  # of kk
+            tl.store(da + at_out, (own_db_CK * iclr_CK - own_da_CK).to(da.dtype.element_ty), mask=inside_C1)
+        else:
+            tl.store(db + at_out, own_db_CK.to(db.dtype.element_ty), mask=inside_C1)
         moved_CK -= b_CK * db_CK
 
         dk_CK = dk_CK.to(tl.float32) * leave_CK
         dk_CK = tl.dot(tl.trans(zv_CC), a_CK, dk_CK, input_precision="tf32")
         dk_CK = tl.dot(tl.trans(ov_CC), r_CK, dk_CK, input_precision="tf32")
-        tl.store(dk + at_out, (dk_CK * rise_CK).to(dk.dtype.element_ty), mask=inside_C1)
+        own_dk_CK = dk_CK * rise_CK
         moved_CK -= k_CK * dk_CK
+        if GROUPED:
+            dscale_CK = own_dk_CK * key_CK  # of 1 - exp(log_w) + iclr
+            own_dk_CK *= 1.0 - decay_CK + iclr_CK
+            diclr_CK = own_db_CK * unit_CK + dscale_CK
+            tl.store(db + at_out, diclr_CK.to(db.dtype.element_ty), mask=inside_C1)
+        tl.store(dk + at_out, own_dk_CK.to(dk.dtype.element_ty), mask=inside_C1)
 
         dlog_w_CK = running(moved_CK, C, True, False) - da_CK + e_1K
         e_1K += tl.sum(moved_CK, 0, keep_dims=True)
         # The first token of a document decays nothing, and what is steeper than the steepest acts like it.
         still_CK = (starts_C[:, None] > 0) | (w_CK <= STEEPEST)
         dlog_w_CK = tl.where(still_CK, 0.0, dlog_w_CK)
+        if GROUPED:
+            dlog_w_CK -= dscale_CK * decay_CK
         tl.store(dlog_w + at_out, dlog_w_CK.to(dlog_w.dtype.element_ty), mask=inside_C1)

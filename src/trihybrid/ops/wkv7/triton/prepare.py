@@ -31,6 +31,7 @@ from trihybrid.ops.wkv7.triton.chunks import (
     exponents,
     inside,
     pairs,
+    recurrent,
     rows,
     steepest,
     strides,
@@ -54,16 +55,18 @@ class Prepared:
 def prepare(
     r_BTHK: Tensor,
     log_w_BTHK: Tensor,
-    k_BTHK: Tensor,
-    a_BTHK: Tensor,
+    k_BTGK: Tensor,
+    a_BTGK: Tensor,
     b_BTHK: Tensor,
     reset_BT: Tensor | None,
     chunk: int,
     gradient: bool,
+    grouped: bool,
 ) -> Prepared:
     """Prepare all chunks of `chunk` tokens; the last one is padded. The last dimensions are contiguous.
 
-    reset_BT: uint8, contiguous, or None. gradient: whether F, N and E are wanted.
+    reset_BT: uint8, contiguous, or None. gradient: whether F, N and E are wanted. grouped: whether a and b are kk and
+    iclr, as in `chunks.recurrent`.
     """
     batch, length, heads, width = r_BTHK.shape
     chunks = triton.cdiv(length, chunk)
@@ -76,8 +79,8 @@ def prepare(
     _prepare[(count,)](
         r_BTHK,
         log_w_BTHK,
-        k_BTHK,
-        a_BTHK,
+        k_BTGK,
+        a_BTGK,
         b_BTHK,
         p_NCC if reset_BT is None else reset_BT,
         *wide_4NCK,
@@ -87,15 +90,17 @@ def prepare(
         length,
         chunks,
         heads,
+        heads // k_BTGK.shape[2],
         *strides(r_BTHK),
         *strides(log_w_BTHK),
-        *strides(k_BTHK),
-        *strides(a_BTHK),
+        *strides(k_BTGK),
+        *strides(a_BTGK),
         *strides(b_BTHK),
         STEEPEST=steepest(chunk),
         HAS_RESET=reset_BT is not None,
         WHOLE=length % chunk == 0,
         GRADIENT=gradient,
+        GROUPED=grouped,
         C=chunk,
         K=width,
         BLOCK_K=min(BLOCK_K, width),
@@ -141,6 +146,7 @@ def _prepare(
     length,
     chunks,
     heads,
+    repeats,
     r_stride_b,
     r_stride_t,
     r_stride_h,
@@ -160,6 +166,7 @@ def _prepare(
     HAS_RESET: tl.constexpr,
     WHOLE: tl.constexpr,
     GRADIENT: tl.constexpr,
+    GROUPED: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -176,8 +183,9 @@ def _prepare(
     starts_C, document_C = documents(reset, batch, start, length, C, HAS_RESET)
     log_w = rows(log_w, w_stride_b, w_stride_t, w_stride_h, batch, head, start, C, BLOCK_K)
     r = rows(r, r_stride_b, r_stride_t, r_stride_h, batch, head, start, C, BLOCK_K)
-    k = rows(k, k_stride_b, k_stride_t, k_stride_h, batch, head, start, C, BLOCK_K)
-    a = rows(a, a_stride_b, a_stride_t, a_stride_h, batch, head, start, C, BLOCK_K)
+    # Keys and unit keys may be shared by some heads.
+    k = rows(k, k_stride_b, k_stride_t, k_stride_h, batch, head // repeats, start, C, BLOCK_K)
+    a = rows(a, a_stride_b, a_stride_t, a_stride_h, batch, head // repeats, start, C, BLOCK_K)
     b = rows(b, b_stride_b, b_stride_t, b_stride_h, batch, head, start, C, BLOCK_K)
 
     l_CC = tl.zeros((C, C), tl.float32)
@@ -185,11 +193,13 @@ def _prepare(
     q_CC = tl.zeros((C, C), tl.float32)
     p_CC = tl.zeros((C, C), tl.float32)
     for key in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        a_CK = tl.load(a + key, mask=inside_C1, other=0.0).to(tl.float32)
-        b_CK = tl.load(b + key, mask=inside_C1, other=0.0).to(tl.float32)
-        k_CK = tl.load(k + key, mask=inside_C1, other=0.0).to(tl.float32)
+        w_CK = tl.load(log_w + key, mask=inside_C1, other=0.0)
+        a_CK = tl.load(a + key, mask=inside_C1, other=0.0)
+        b_CK = tl.load(b + key, mask=inside_C1, other=0.0)
+        k_CK = tl.load(k + key, mask=inside_C1, other=0.0)
         r_CK = tl.load(r + key, mask=inside_C1, other=0.0).to(tl.float32)
-        w_CK, c_CK, middle_1K, _ = exponents(log_w + key, starts_C, inside_C1, STEEPEST, C)
+        k_CK, a_CK, b_CK = recurrent(k_CK, a_CK, b_CK, w_CK, GROUPED)
+        w_CK, c_CK, middle_1K, _ = exponents(w_CK, starts_C, STEEPEST, C)
         c_CK -= middle_1K
         rise_CK = tl.exp2(-c_CK)
         a_CK *= tl.exp2(c_CK - w_CK * BITS)
@@ -217,11 +227,13 @@ def _prepare(
 
     borders = tl.sum(starts_C, 0)
     for key in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        a_CK = tl.load(a + key, mask=inside_C1, other=0.0).to(tl.float32)
-        b_CK = tl.load(b + key, mask=inside_C1, other=0.0).to(tl.float32)
-        k_CK = tl.load(k + key, mask=inside_C1, other=0.0).to(tl.float32)
+        w_CK = tl.load(log_w + key, mask=inside_C1, other=0.0)
+        a_CK = tl.load(a + key, mask=inside_C1, other=0.0)
+        b_CK = tl.load(b + key, mask=inside_C1, other=0.0)
+        k_CK = tl.load(k + key, mask=inside_C1, other=0.0)
         r_CK = tl.load(r + key, mask=inside_C1, other=0.0).to(tl.float32)
-        w_CK, c_CK, _, total_1K = exponents(log_w + key, starts_C, inside_C1, STEEPEST, C)
+        k_CK, a_CK, b_CK = recurrent(k_CK, a_CK, b_CK, w_CK, GROUPED)
+        w_CK, c_CK, _, total_1K = exponents(w_CK, starts_C, STEEPEST, C)
         leave_CK = tl.exp2(total_1K - c_CK)
         r_CK *= tl.exp2(c_CK)
         a_CK *= tl.exp2(c_CK - w_CK * BITS)

@@ -34,23 +34,23 @@ ROWS = 128  # tokens that one program searches for the largest gradient
 
 
 def walk(
-    ready: Prepared, v_BTHV: Tensor, state_BHKV: Tensor | None, keep: bool
+    ready: Prepared, v_BTGV: Tensor, heads: int, state_BHKV: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o [B, T, H, V] in v's dtype, the state that leaves [B, H, K, V] float32, and for the backward, float16 or empty:
     the states that enter each group and that leave the last one [B H, groups + 1, V, K], U and the true U [N, V, C]."""
-    batch, length, heads, width = v_BTHV.shape
+    batch, length, _, width = v_BTGV.shape
     _, count, chunk, keys = ready.wide_4NCK.shape
-    groups = triton.cdiv(length, GROUP)
-    half = partial(torch.empty, device=v_BTHV.device, dtype=torch.float16)
-    o_BTHV = torch.empty(v_BTHV.shape, device=v_BTHV.device, dtype=v_BTHV.dtype)
-    last_BHKV = torch.empty(batch, heads, keys, width, device=v_BTHV.device, dtype=torch.float32)
+    groups = triton.cdiv(length, GROUP)  # of tokens; v may be shared by some heads
+    half = partial(torch.empty, device=v_BTGV.device, dtype=torch.float16)
+    o_BTHV = torch.empty(batch, length, heads, width, device=v_BTGV.device, dtype=v_BTGV.dtype)
+    last_BHKV = torch.empty(batch, heads, keys, width, device=v_BTGV.device, dtype=torch.float32)
     kept_GVK = half(batch * heads if keep else 0, groups + 1, width, keys)
     u_NVC, true_NVC = (half(count if keep else 0, width, chunk) for _ in range(2))
     w_NCK, r_NCK, b_NCK, k_NCK = ready.wide_4NCK
     p_NCC, n_NCC = ready.square_4NCC[0], ready.square_4NCC[2 if keep else 0]
     operands = (w_NCK, b_NCK, r_NCK, k_NCK, p_NCC, ready.g_NK, n_NCC, n_NCC)
     outputs = (o_BTHV, u_NVC, true_NVC, kept_GVK, last_BHKV)
-    _launch(operands, v_BTHV, state_BHKV, outputs, None, keep, reverse=False)
+    _launch(operands, v_BTGV, state_BHKV, outputs, None, keep, reverse=False)
     return o_BTHV, last_BHKV, kept_GVK, u_NVC, true_NVC
 
 
@@ -77,20 +77,20 @@ def walk_back(
 
 def _launch(
     operands: tuple[Tensor, ...],
-    x_BTHV: Tensor,
+    x_BTGV: Tensor,
     first_BHKV: Tensor | None,
     outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     largest_BH: Tensor | None,
     keep: bool,
     reverse: bool,
 ) -> None:
-    batch, length, heads, width = x_BTHV.shape
     _, chunk, keys = operands[0].shape
     y_BTHV, u_NVC, true_NVC, kept_GVK, last_BHKV = outputs
+    batch, length, heads, width = y_BTHV.shape
     block = min(BLOCK_V, width)
     _walk[(batch * heads * (width // block),)](
         *operands,
-        x_BTHV,
+        x_BTGV,
         last_BHKV if first_BHKV is None else first_BHKV,
         last_BHKV if largest_BH is None else largest_BH,
         y_BTHV,
@@ -102,7 +102,8 @@ def _launch(
         length,
         triton.cdiv(length, chunk),
         heads,
-        *strides(x_BTHV),
+        heads // x_BTGV.shape[2],
+        *strides(x_BTGV),
         *strides(y_BTHV),
         HAS_FIRST=first_BHKV is not None,
         KEEP=keep,
@@ -193,6 +194,7 @@ def _walk(
     length,
     chunks,
     heads,
+    repeats,
     x_stride_b,
     x_stride_t,
     x_stride_h,
@@ -232,7 +234,9 @@ def _walk(
         number = lane * chunks + chunk
         start = tl.cast(chunk, tl.int64) * C
         inside_1C = (start + tl.arange(0, C) < length)[None, :]
-        at_x = columns(x + column, x_stride_b, x_stride_t, x_stride_h, batch, head, start, C, BLOCK_V)
+        at_x = columns(
+            x + column, x_stride_b, x_stride_t, x_stride_h, batch, head // repeats, start, C, BLOCK_V
+        )
         x_VC = tl.load(at_x, mask=inside_1C, other=0.0)
         gate_K = tl.load(g_NK + number * K + key_K)
         across_CK = tl.load(tile(across_NCK, number, C, K, K))

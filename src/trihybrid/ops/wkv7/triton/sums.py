@@ -27,7 +27,7 @@ KEYS_A_WARP = 16
 
 def sum_values(
     ready: Prepared,
-    v_BTHV: Tensor,
+    v_BTGV: Tensor,
     do_BTHV: Tensor,
     u_NVC: Tensor,
     z_NVC: Tensor,
@@ -43,15 +43,15 @@ def sum_values(
     _, chunk, keys = w_NCK.shape
     lanes, borders = kept_GVK.shape[:2]
     dr, dw, dk, db = (torch.empty_like(w_NCK) for _ in range(4))
-    scores_4NCC = torch.empty(4, *ready.square_4NCC.shape[1:], device=v_BTHV.device, dtype=torch.float16)
-    e_GK = torch.empty(lanes, borders - 1, keys, device=v_BTHV.device, dtype=torch.float32)
-    _, length, heads, width = v_BTHV.shape
+    scores_4NCC = torch.empty(4, *ready.square_4NCC.shape[1:], device=v_BTGV.device, dtype=torch.float16)
+    e_GK = torch.empty(lanes, borders - 1, keys, device=v_BTGV.device, dtype=torch.float32)
+    _, length, heads, width = do_BTHV.shape
     block = min(BLOCK_K, keys)
     for reverse, states, (x, other), operands, values, outputs in (
         (
             False,
             (kept_GVK, kept_GVK),
-            (do_BTHV, v_BTHV),
+            (do_BTHV, v_BTGV),
             (k_NCK, b_NCK),
             (true_z_NVC, u_NVC),
             (dr, dw),
@@ -59,7 +59,7 @@ def sum_values(
         (
             True,
             (dkept_GVK, kept_GVK),
-            (v_BTHV, do_BTHV),
+            (v_BTGV, do_BTHV),
             (r_NCK, w_NCK),
             (true_u_NVC, z_NVC),
             (dk, db),
@@ -78,7 +78,9 @@ def sum_values(
             length,
             triton.cdiv(length, chunk),
             heads,
+            heads // x.shape[2],
             *strides(x),
+            heads // other.shape[2],
             *strides(other),
             REVERSE=reverse,
             GROUP_CHUNKS=GROUP // chunk,
@@ -92,14 +94,15 @@ def sum_values(
     _score[(scores_4NCC.shape[1],)](
         true_u_NVC,
         true_z_NVC,
-        v_BTHV,
+        v_BTGV,
         do_BTHV,
         largest_BH,
         *scores_4NCC,
         length,
         triton.cdiv(length, chunk),
         heads,
-        *strides(v_BTHV),
+        heads // v_BTGV.shape[2],
+        *strides(v_BTGV),
         *strides(do_BTHV),
         C=chunk,
         V=width,
@@ -145,6 +148,7 @@ def _score(
     length,
     chunks,
     heads,
+    repeats,
     v_stride_b,
     v_stride_t,
     v_stride_h,
@@ -164,7 +168,9 @@ def _score(
     scale = power(tl.load(largest + batch * heads + head))
     z_VC = tl.load(tile(z_NVC, number, V, C, C))
     u_VC = tl.load(tile(u_NVC, number, V, C, C))
-    v_CV = _values(v, v_stride_b, v_stride_t, v_stride_h, batch, head, start, length, scale, False, C, V)
+    v_CV = _values(
+        v, v_stride_b, v_stride_t, v_stride_h, batch, head // repeats, start, length, scale, False, C, V
+    )
     o_CV = _values(do, do_stride_b, do_stride_t, do_stride_h, batch, head, start, length, scale, True, C, V)
     z_CV, v_VC = tl.trans(z_VC), tl.trans(v_CV)
     tl.store(tile(zu_NCC, number, C, C, C), tl.dot(z_CV, u_VC).to(tl.float16))
@@ -191,9 +197,11 @@ def _sum(
     length,
     chunks,
     heads,
+    x_repeats,
     x_stride_b,
     x_stride_t,
     x_stride_h,
+    other_repeats,
     other_stride_b,
     other_stride_t,
     other_stride_h,
@@ -230,7 +238,18 @@ def _sum(
         number = lane * chunks + chunk
         start = chunk.to(tl.int64) * C
         x_CV = _values(
-            x, x_stride_b, x_stride_t, x_stride_h, batch, head, start, length, scale, not REVERSE, C, V
+            x,
+            x_stride_b,
+            x_stride_t,
+            x_stride_h,
+            batch,
+            head // x_repeats,
+            start,
+            length,
+            scale,
+            not REVERSE,
+            C,
+            V,
         )
         other_CV = _values(
             other,
@@ -238,7 +257,7 @@ def _sum(
             other_stride_t,
             other_stride_h,
             batch,
-            head,
+            head // other_repeats,
             start,
             length,
             scale,
