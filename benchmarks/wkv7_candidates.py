@@ -13,6 +13,7 @@ START = time.perf_counter()
 import torch
 from triton import AsyncCompileMode
 from triton.runtime.jit import JITFunction
+from wkv7_cand_prepare import prepare as once
 from wkv7_gpu_worker import median_ms
 from wkv7_old import gradient as old_gradient
 from wkv7_old import prepare as old_prepare
@@ -99,6 +100,8 @@ def candidates(case):
     yield "prepare old", lambda: case.prepare(old_prepare)
     for stages in (2, 4, 5):
         yield f"prepare stages {stages}", with_constants(prepare, lambda: case.prepare(prepare), STAGES=stages)
+    for ahead in (1, 2, 4):
+        yield f"prepare once {ahead}", lambda ahead=ahead: once(*case.five, None, 16, True, ahead)
     yield "walk alone old", lambda: case.walk(old_state, False)
     for stages in (4, 6):
         yield f"walk alone {stages}", with_constants(state, lambda: case.walk(state, False), STAGES_ALONE=stages)
