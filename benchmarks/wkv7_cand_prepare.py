@@ -4,22 +4,61 @@ import triton.language as tl
 from trihybrid.ops.wkv7.triton.chunks import rows, tile, documents, exponents, inside, pairs, BITS
 from trihybrid.ops.wkv7.triton.prepare import _inverse
 
+
 @triton.jit
 def _fetch(log_w, a, b, r, k, key, inside_C1):
     return (
-            tl.load(log_w + key, mask=inside_C1, other=0.0),
-            tl.load(a + key, mask=inside_C1, other=0.0),
-            tl.load(b + key, mask=inside_C1, other=0.0),
-            tl.load(r + key, mask=inside_C1, other=0.0),
-            tl.load(k + key, mask=inside_C1, other=0.0))
+        tl.load(log_w + key, mask=inside_C1, other=0.0),
+        tl.load(a + key, mask=inside_C1, other=0.0),
+        tl.load(b + key, mask=inside_C1, other=0.0),
+        tl.load(r + key, mask=inside_C1, other=0.0),
+        tl.load(k + key, mask=inside_C1, other=0.0),
+    )
+
 
 @triton.jit
 def prep2(
-    r, log_w, k, a, b, reset, w_NCK, r_NCK, b_NCK, k_NCK, p_NCC, g_NK, f_NCC, n_NCC, e_NCC, length, chunks, heads,
-    r_stride_b, r_stride_t, r_stride_h, w_stride_b, w_stride_t, w_stride_h, k_stride_b, k_stride_t, k_stride_h,
-    a_stride_b, a_stride_t, a_stride_h, b_stride_b, b_stride_t, b_stride_h,
-    STEEPEST: tl.constexpr, HAS_RESET: tl.constexpr, WHOLE: tl.constexpr, GRADIENT: tl.constexpr,
-    C: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+    r,
+    log_w,
+    k,
+    a,
+    b,
+    reset,
+    w_NCK,
+    r_NCK,
+    b_NCK,
+    k_NCK,
+    p_NCC,
+    g_NK,
+    f_NCC,
+    n_NCC,
+    e_NCC,
+    length,
+    chunks,
+    heads,
+    r_stride_b,
+    r_stride_t,
+    r_stride_h,
+    w_stride_b,
+    w_stride_t,
+    w_stride_h,
+    k_stride_b,
+    k_stride_t,
+    k_stride_h,
+    a_stride_b,
+    a_stride_t,
+    a_stride_h,
+    b_stride_b,
+    b_stride_t,
+    b_stride_h,
+    STEEPEST: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    WHOLE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
     head = index % heads
@@ -79,7 +118,14 @@ def prep2(
             leave_CK = tl.where((document_C == borders)[:, None], leave_CK, 0.0)
             gate_1K = tl.where(borders == 0, gate_1K, 0.0)
         tl.store(tile(g_NK, number, 1, K, BLOCK_K) + key, gate_1K)
-        later = later + (((a_CK * enter_CK).to(tl.float16), (r_CK * enter_CK).to(tl.float16), (b_CK * leave_CK).to(tl.float16), (k_CK * leave_CK).to(tl.float16)),)
+        later = later + (
+            (
+                (a_CK * enter_CK).to(tl.float16),
+                (r_CK * enter_CK).to(tl.float16),
+                (b_CK * leave_CK).to(tl.float16),
+                (k_CK * leave_CK).to(tl.float16),
+            ),
+        )
 
     strict_CC = pairs(document_C, True, C)
     loose_CC = pairs(document_C, False, C)
@@ -99,7 +145,9 @@ def prep2(
         w_CK = tl.dot(f_CC, a_CK).to(tl.float16)
         tl.store(tile(w_NCK, number, C, K, BLOCK_K) + key, w_CK)
         tl.store(tile(b_NCK, number, C, K, BLOCK_K) + key, b_CK)
-        tl.store(tile(r_NCK, number, C, K, BLOCK_K) + key, tl.dot(q_CC, w_CK, r_CK.to(tl.float32)).to(tl.float16))
+        tl.store(
+            tile(r_NCK, number, C, K, BLOCK_K) + key, tl.dot(q_CC, w_CK, r_CK.to(tl.float32)).to(tl.float16)
+        )
         k_CK = tl.dot(tl.trans(n_CC), b_CK, k_CK.to(tl.float32))
         tl.store(tile(k_NCK, number, C, K, BLOCK_K) + key, k_CK.to(tl.float16))
 
@@ -115,9 +163,32 @@ def prepare(r, log_w, k, a, b, reset, chunk, gradient, ahead=1, block=32):
     g = torch.empty(count, width, device=r.device, dtype=torch.float32)
     p = square[0]
     prep2[(count,)](
-        r, log_w, k, a, b, p, *wide, p, g, *(square[1:] if gradient else (p, p, p)), length, chunks, heads,
-        *strides(r), *strides(log_w), *strides(k), *strides(a), *strides(b),
-        STEEPEST=steepest(chunk), HAS_RESET=False, WHOLE=length % chunk == 0, GRADIENT=gradient, C=chunk, K=width,
-        BLOCK_K=block, AHEAD=ahead, num_warps=1,
+        r,
+        log_w,
+        k,
+        a,
+        b,
+        p,
+        *wide,
+        p,
+        g,
+        *(square[1:] if gradient else (p, p, p)),
+        length,
+        chunks,
+        heads,
+        *strides(r),
+        *strides(log_w),
+        *strides(k),
+        *strides(a),
+        *strides(b),
+        STEEPEST=steepest(chunk),
+        HAS_RESET=False,
+        WHOLE=length % chunk == 0,
+        GRADIENT=gradient,
+        C=chunk,
+        K=width,
+        BLOCK_K=block,
+        AHEAD=ahead,
+        num_warps=1,
     )
     return Prepared(wide, square, g)

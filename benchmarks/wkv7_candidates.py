@@ -48,13 +48,24 @@ class Case:
         self.ready = prepare.prepare(*self.five, None, 16, True, False)
         self.largest = state.largest_gradient(self.do, None)
         o, last, self.kept, self.u, self.true_u = state.walk(self.ready, v, heads, None, True)
-        _, _, self.dkept, self.z, self.true_z = state.walk_back(self.ready, self.do, None, self.largest, v.dtype)
+        _, _, self.dkept, self.z, self.true_z = state.walk_back(
+            self.ready, self.do, None, self.largest, v.dtype
+        )
         n, width, chunk = self.u.shape
         self.ut, self.true_ut, self.zt, self.true_zt = (
             x.transpose(1, 2).contiguous() for x in (self.u, self.true_u, self.z, self.true_z)
         )
         self.sums = sums.sum_values(
-            self.ready, v, self.do, self.u, self.z, self.true_u, self.true_z, self.kept, self.dkept, self.largest
+            self.ready,
+            v,
+            self.do,
+            self.u,
+            self.z,
+            self.true_u,
+            self.true_z,
+            self.kept,
+            self.dkept,
+            self.largest,
         )
 
     def prepare(self, room, keep=True):
@@ -73,7 +84,9 @@ class Case:
             values = self.ut, self.zt, self.true_ut, self.true_zt
         else:
             values = self.u, self.z, self.true_u, self.true_z
-        return room.sum_values(self.ready, self.tokens[3], self.do, *values, self.kept, self.dkept, self.largest)
+        return room.sum_values(
+            self.ready, self.tokens[3], self.do, *values, self.kept, self.dkept, self.largest
+        )
 
     def gradient(self, room):
         more = () if room is old_gradient else (None,)
@@ -99,12 +112,18 @@ def with_constants(room, call, **constants):
 def candidates(case):
     yield "prepare old", lambda: case.prepare(old_prepare)
     for stages in (2, 4, 5):
-        yield f"prepare stages {stages}", with_constants(prepare, lambda: case.prepare(prepare), STAGES=stages)
+        yield (
+            f"prepare stages {stages}",
+            with_constants(prepare, lambda: case.prepare(prepare), STAGES=stages),
+        )
     for ahead in (1, 2, 4):
         yield f"prepare once {ahead}", lambda ahead=ahead: once(*case.five, None, 16, True, ahead)
     yield "walk alone old", lambda: case.walk(old_state, False)
     for stages in (4, 6):
-        yield f"walk alone {stages}", with_constants(state, lambda: case.walk(state, False), STAGES_ALONE=stages)
+        yield (
+            f"walk alone {stages}",
+            with_constants(state, lambda: case.walk(state, False), STAGES_ALONE=stages),
+        )
     yield "walk kept old", lambda: case.walk(old_state)
     yield "walk back old", lambda: case.walk_back(old_state)
     for stages, block in ((3, 32), (4, 32), (3, 64)):
@@ -121,10 +140,32 @@ def candidates(case):
 
 def flat(x):
     if isinstance(x, torch.Tensor):
-        return [x]
+        return list(x) if x.dim() == 4 and x.shape[0] == 4 else [x]
     if isinstance(x, prepare.Prepared | old_prepare.Prepared):
-        return [x.wide_4NCK, x.square_4NCC, x.g_NK]
+        return [*x.wide_4NCK, *x.square_4NCC, x.g_NK]
     return [z for y in x for z in flat(y)]
+
+
+def compare(results):
+    for kind, found in results.items():
+        reference = found[0][1]
+        for name, values in found[1:]:
+            worst = 0.0
+            for x, y in zip(values, reference, strict=True):
+                y = y.transpose(1, 2) if x.shape != y.shape else y
+                x, y = x.double(), y.double()
+                if (
+                    x.dim() == 3
+                    and x.shape[-1] == 16
+                    and x.shape[-2] == 16
+                    or x.dim() == 4
+                    and x.shape[-1] == 16
+                ):
+                    x, y = x.tril(), y.tril()
+                if x.numel():
+                    worst = max(worst, ((x - y).norm() / y.norm().clamp_min(1e-9)).item())
+            if worst > 1e-3:
+                say(name, f"differs from {found[0][0]} by {worst:.1e}")
 
 
 def compile_all():
@@ -197,20 +238,9 @@ def main():
             kind = name.split()[0] + name.split()[1] if name.startswith("walk") else name.split()[0]
             results.setdefault(kind, []).append((name, flat(found)))
     say("compiled")
-    for kind, found in results.items():
-        reference = found[0][1]
-        for name, values in found[1:]:
-            worst = 0.0
-            for x, y in zip(values, reference, strict=True):
-                y = y.transpose(1, 2) if x.shape != y.shape else y
-                x, y = x.double(), y.double()
-                if x.dim() == 3 and x.shape[-1] == 16 and x.shape[-2] == 16 or x.dim() == 4 and x.shape[-1] == 16:
-                    x, y = x.tril(), y.tril()
-                if x.numel():
-                    worst = max(worst, ((x - y).norm() / y.norm().clamp_min(1e-9)).item())
-            if worst > 1e-3:
-                say(name, f"differs from {found[0][0]} by {worst:.1e}")
+    attempt("compare", lambda: compare(results))
     results.clear()
+
     def table(case, batch):
         for name, call in candidates(case):
             ms = attempt(name, lambda call=call: median_ms(call))

@@ -25,6 +25,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.testing import do_bench
 
 from trihybrid.ops.wkv7 import wkv7
+from trihybrid.ops.wkv7.grouped import wkv7_grouped
 from trihybrid.testing.wkv7_cases import (
     DECAY_FLOOR,
     answer,
@@ -38,7 +39,7 @@ Operator = Callable[..., tuple[Tensor, Tensor]]
 LENGTHS = (1, 15, 17, 33, 64, 65, 300, 2048)  # of the error table
 CACHE = 256 * 2**20  # bytes that push everything out of a GPU's cache
 SECONDS, MOST, LEAST = 0.3, 50, 5  # of one measurement, and its repetitions
-DECODE_HEADS = 32
+DECODE_HEADS, GROUPS = 32, 4
 OURS = "triton"
 
 tuned: dict[str, int] = {}
@@ -182,9 +183,50 @@ def measure_speed(name: str, modes: dict[str, Operator], shape: Sequence[int], o
             both()
             row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
             row["both_ms"] = median_ms(both)
-        except torch.OutOfMemoryError:
-            row["failed"] = "out of memory"
+        except Exception as error:
+            row["failed"] = reason(error)
         yield row
+
+
+def reason(error: Exception) -> str:
+    """What a row says of a mode that failed, when the GPU still answers; if not, the process ends here."""
+    torch.cuda.synchronize()
+    return " ".join(f"{type(error).__name__}: {error}".split())[:120].replace("|", "/")
+
+
+def measure_grouped(name: str, modes: dict[str, Operator], shape: Sequence[int]):
+    """32 heads that share the keys and values of 4, in the dtypes of the rwkv7 mixer, against the same repeated."""
+    r, log_w, k, v, a, _, _ = make_inputs("random", tuple(shape), 0, "cuda", torch.bfloat16)
+    heads = shape[2]
+    generator = torch.Generator("cuda").manual_seed(1)
+    k, v, kk = (x[:, :, :GROUPS].contiguous() for x in (k, v, -a))
+    iclr = torch.rand(tuple(shape), generator=generator, device="cuda")
+    given = [r, log_w.float(), k, v, kk.float(), iclr]
+    leaves = [x.detach().requires_grad_() for x in given]
+    do, _ = make_weights(tuple(shape), r)
+
+    def repeated(
+        r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, kk: Tensor, iclr: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        k, v, kk = (x.repeat_interleave(heads // GROUPS, 2) for x in (k.float(), v, kk))
+        return wkv7(r, log_w, k * (1 - log_w.exp() + iclr), v, -kk, kk * iclr, backend="triton")
+
+    shared = functools.partial(wkv7_grouped, backend="triton")
+    for mode, operator in {"shared": shared, "repeated": repeated}.items():
+
+        def forward(operator: Operator = operator) -> Tensor:
+            with torch.no_grad():
+                return operator(*given)[0]
+
+        def both(operator: Operator = operator) -> None:
+            torch.autograd.grad(operator(*leaves)[0], leaves, do)
+
+        both()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        both()
+        peak = torch.cuda.max_memory_allocated() - before
+        yield {"mode": mode, "forward_ms": median_ms(forward), "both_ms": median_ms(both), "peak_bytes": peak}
 
 
 def measure_copy(name: str, modes: dict[str, Operator], shape: Sequence[int]):
@@ -206,12 +248,19 @@ def copy_ms(moved: int) -> float:
 
 
 def measure_errors(
-    name: str, modes: dict[str, Operator], kind: str, lengths: Sequence[int], widths: Sequence[int]
+    name: str,
+    modes: dict[str, Operator],
+    kind: str,
+    lengths: Sequence[int],
+    widths: Sequence[int],
+    only: str | None = None,
 ):
     """Each mode's worst error over lengths, widths, with and without a state, and packed documents, by name; a NaN is
     the worst of all."""
+    modes = {mode: operator for mode, operator in modes.items() if only is None or mode == only}
     worst: dict[str, dict[str, float]] = {mode: {} for mode in modes}
     at: dict[str, tuple[float, str]] = dict.fromkeys(modes, (-1.0, ""))
+    failed: dict[str, str] = {}
     for length in lengths:
         for width in widths:
             shape = (1, length, 2, width)
@@ -223,15 +272,25 @@ def measure_errors(
                     reset = torch.rand(1, length, device="cuda") < 0.03
                     reset[0, 0] = True
                 expected = answer(given, reset, weights)
+                where = f"T={length} D={width} {case}"
                 for mode, operator in modes.items():
+                    if mode in failed:
+                        continue
                     leaves = [None if x is None else x.detach().requires_grad_() for x in given]
-                    found = differentiate(*operator(*leaves, reset), leaves, weights)
+                    try:
+                        found = differentiate(*operator(*leaves, reset), leaves, weights)
+                    except Exception as error:
+                        failed[mode] = f"{where}: {reason(error)}"
+                        continue
                     for part, error in errors(found, expected, given[0]).items():
                         error = error if math.isfinite(error) else math.inf
                         worst[mode][part] = max(error, worst[mode].get(part, 0.0))
-                        at[mode] = max(at[mode], (error, f"{part}: T={length} D={width} {case}"))
+                        at[mode] = max(at[mode], (error, f"{part}: {where}"))
     for mode, found in worst.items():
-        yield {"mode": mode, "errors": found, "where": at[mode][1]}
+        if mode in failed:
+            yield {"mode": mode, "failed": failed[mode]}
+        else:
+            yield {"mode": mode, "errors": found, "where": at[mode][1]}
 
 
 def measure_decode(name: str, modes: dict[str, Operator], batch: int, width: int):
@@ -274,6 +333,7 @@ def measure_decode(name: str, modes: dict[str, Operator], batch: int, width: int
 TASKS = {
     "speed": measure_speed,
     "copy": measure_copy,
+    "grouped": measure_grouped,
     "errors": measure_errors,
     "decode": measure_decode,
 }

@@ -217,11 +217,13 @@ def _backward(
     dv_BTHV, dfirst_BHKV, dkept_GVK, z_NVC, true_z_NVC = walk_back(
         ready, do, dlast, largest_BH, parts or v.dtype
     )
-    sums, scores, e_GK = sum_values(
+    sums_4NCK, scores_4NCC, e_GK = sum_values(
         ready, v, do, u_NVC, z_NVC, true_u_NVC, true_z_NVC, kept_GVK, dkept_GVK, largest_BH
     )
     del dkept_GVK, z_NVC, true_z_NVC  # before the gradients are allocated
-    dr, dlog_w, dk, da, db = differentiate((r, log_w, k, a, b), reset, scores, sums, e_GK, largest_BH, parts)
+    dr, dlog_w, dk, da, db = differentiate(
+        (r, log_w, k, a, b), reset, scores_4NCC, sums_4NCK, e_GK, largest_BH, parts
+    )
     if grouped:
         dk, dv_BTHV, da = (_summed(x, like) for x, like in ((dk, k), (dv_BTHV, v), (da, a)))
     return dr, dlog_w, dk, dv_BTHV, da, db, dfirst_BHKV

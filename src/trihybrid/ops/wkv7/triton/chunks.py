@@ -44,6 +44,12 @@ def tile(x, index, ROWS: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr)
 
 
 @triton.jit
+def plane(x, which, count, SIZE: tl.constexpr):
+    """Pointer to one of several arrays of `count` (int64) tiles of SIZE elements that lie behind each other."""
+    return x + which * count * SIZE
+
+
+@triton.jit
 def inside(t, length, C: tl.constexpr, WHOLE: tl.constexpr):
     """bool [C, 1]: which tokens from t on there are; all of them, without looking, where chunks are WHOLE."""
     if WHOLE:  # noqa: SIM108

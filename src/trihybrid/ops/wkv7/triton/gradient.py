@@ -24,6 +24,7 @@ from trihybrid.ops.wkv7.triton.chunks import (
     exponents,
     inside,
     pairs,
+    plane,
     recurrent,
     rows,
     running,
@@ -40,7 +41,7 @@ def differentiate(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     reset_BT: Tensor | None,
     scores_4NCC: Tensor,
-    sums: tuple[Tensor, ...],
+    sums_4NCK: Tensor,
     e_GK: Tensor,
     largest_BH: Tensor,
     parts: torch.dtype | None,
@@ -62,8 +63,8 @@ def differentiate(
     _differentiate[(batch * heads * groups * (keys // block),)](
         *inputs,
         r_BTHK if reset_BT is None else reset_BT,
-        *scores_4NCC,
-        *sums,
+        scores_4NCC,
+        sums_4NCK,
         e_GK,
         largest_BH,
         *outputs,
@@ -94,14 +95,8 @@ def _differentiate(
     a,
     b,
     reset,
-    zu_NCC,
-    zv_NCC,
-    ou_NCC,
-    ov_NCC,
-    dr_NCK,
-    da_NCK,
-    dk_NCK,
-    db_NCK,
+    scores_4NCC,
+    sums_4NCK,
     e_GK,
     largest,
     dr,
@@ -150,6 +145,7 @@ def _differentiate(
     lane = batch * heads + head
     back = 1.0 / power(tl.load(largest + lane))
     e_1K = back * tl.load(e_GK + (lane * groups + group) * K + key + tl.arange(0, BLOCK_K))[None, :]
+    every = (tl.num_programs(0) // (groups * blocks)).to(tl.int64) * chunks
     first = (group * GROUP_CHUNKS).to(tl.int32)
     count = tl.minimum(GROUP_CHUNKS, chunks - first)
     # Nothing is moved out of the loop: registers are few.
@@ -170,14 +166,14 @@ def _differentiate(
         r_CK = tl.load(at_r, mask=inside_C1, other=0.0)
         b_CK = tl.load(at_b, mask=inside_C1, other=0.0)
         k_CK = tl.load(at_k, mask=inside_C1, other=0.0)
-        zu_CC = tl.load(tile(zu_NCC, number, C, C, C))
-        zv_CC = tl.load(tile(zv_NCC, number, C, C, C))
-        ou_CC = tl.load(tile(ou_NCC, number, C, C, C))
-        ov_CC = tl.load(tile(ov_NCC, number, C, C, C))
-        da_CK = tl.load(tile(da_NCK, number, C, K, BLOCK_K) + key)
-        dr_CK = tl.load(tile(dr_NCK, number, C, K, BLOCK_K) + key)
-        db_CK = tl.load(tile(db_NCK, number, C, K, BLOCK_K) + key)
-        dk_CK = tl.load(tile(dk_NCK, number, C, K, BLOCK_K) + key)
+        zu_CC = tl.load(tile(scores_4NCC, number, C, C, C))
+        zv_CC = tl.load(tile(plane(scores_4NCC, 1, every, C * C), number, C, C, C))
+        ou_CC = tl.load(tile(plane(scores_4NCC, 2, every, C * C), number, C, C, C))
+        ov_CC = tl.load(tile(plane(scores_4NCC, 3, every, C * C), number, C, C, C))
+        da_CK = tl.load(tile(plane(sums_4NCK, 1, every, C * K), number, C, K, BLOCK_K) + key)
+        dr_CK = tl.load(tile(sums_4NCK, number, C, K, BLOCK_K) + key)
+        db_CK = tl.load(tile(plane(sums_4NCK, 3, every, C * K), number, C, K, BLOCK_K) + key)
+        dk_CK = tl.load(tile(plane(sums_4NCK, 2, every, C * K), number, C, K, BLOCK_K) + key)
         if GROUPED:
             # k (1 - exp(log_w) + iclr), kk and iclr, of which k, a and b were made.
             key_CK, unit_CK, iclr_CK = k_CK.to(tl.float32), a_CK.to(tl.float32), b_CK.to(tl.float32)

@@ -31,6 +31,7 @@ from trihybrid.ops.wkv7.triton.chunks import (
     exponents,
     inside,
     pairs,
+    plane,
     recurrent,
     rows,
     steepest,
@@ -75,18 +76,16 @@ def prepare(
     wide_4NCK = half(4, count, chunk, width)
     square_4NCC = half(4 if gradient else 1, count, chunk, chunk)
     g_NK = torch.empty(count, width, device=r_BTHK.device, dtype=torch.float32)
-    p_NCC = square_4NCC[0]
     _prepare[(count,)](
         r_BTHK,
         log_w_BTHK,
         k_BTGK,
         a_BTGK,
         b_BTHK,
-        p_NCC if reset_BT is None else reset_BT,
-        *wide_4NCK,
-        p_NCC,
+        g_NK if reset_BT is None else reset_BT,
+        wide_4NCK,
+        square_4NCC,
         g_NK,
-        *(square_4NCC[1:] if gradient else (p_NCC, p_NCC, p_NCC)),
         length,
         chunks,
         heads,
@@ -134,15 +133,9 @@ def _prepare(
     a,
     b,
     reset,
-    w_NCK,
-    r_NCK,
-    b_NCK,
-    k_NCK,
-    p_NCC,
+    wide_4NCK,
+    square_4NCC,
     g_NK,
-    f_NCC,
-    n_NCC,
-    e_NCC,
     length,
     chunks,
     heads,
@@ -179,6 +172,7 @@ def _prepare(
     chunk, batch = rest % chunks, rest // chunks
     number = (batch * heads + head) * chunks + chunk
     start = chunk * C
+    count = tl.num_programs(0).to(tl.int64)
     inside_C1 = inside(start, length, C, WHOLE)
     starts_C, document_C = documents(reset, batch, start, length, C, HAS_RESET)
     log_w = rows(log_w, w_stride_b, w_stride_t, w_stride_h, batch, head, start, C, BLOCK_K)
@@ -219,11 +213,13 @@ def _prepare(
     p_CC = tl.where(loose_CC, p_CC, 0.0)
     f_CC = _inverse(l_CC, C)
     n_CC = tl.dot(f_CC, m_CC.to(tl.float16)).to(tl.float16)
-    tl.store(tile(p_NCC, number, C, C, C), tl.dot(q_CC, n_CC, p_CC).to(tl.float16))
+    tl.store(tile(square_4NCC, number, C, C, C), tl.dot(q_CC, n_CC, p_CC).to(tl.float16))
     if GRADIENT:
-        tl.store(tile(f_NCC, number, C, C, C), f_CC)
-        tl.store(tile(n_NCC, number, C, C, C), n_CC)
-        tl.store(tile(e_NCC, number, C, C, C), tl.dot(q_CC, f_CC).to(tl.float16))
+        tl.store(tile(plane(square_4NCC, 1, count, C * C), number, C, C, C), f_CC)
+        tl.store(tile(plane(square_4NCC, 2, count, C * C), number, C, C, C), n_CC)
+        tl.store(
+            tile(plane(square_4NCC, 3, count, C * C), number, C, C, C), tl.dot(q_CC, f_CC).to(tl.float16)
+        )
 
     borders = tl.sum(starts_C, 0)
     for key in tl.range(0, K, BLOCK_K, num_stages=STAGES):
@@ -244,10 +240,13 @@ def _prepare(
             leave_CK = tl.where((document_C == borders)[:, None], leave_CK, 0.0)
             gate_1K = tl.where(borders == 0, gate_1K, 0.0)
         w_CK = tl.dot(f_CC, a_CK.to(tl.float16)).to(tl.float16)
-        tl.store(tile(w_NCK, number, C, K, BLOCK_K) + key, w_CK)
+        tl.store(tile(wide_4NCK, number, C, K, BLOCK_K) + key, w_CK)
         b_CK = (b_CK * leave_CK).to(tl.float16)
-        tl.store(tile(b_NCK, number, C, K, BLOCK_K) + key, b_CK)
-        tl.store(tile(r_NCK, number, C, K, BLOCK_K) + key, tl.dot(q_CC, w_CK, r_CK).to(tl.float16))
+        tl.store(tile(plane(wide_4NCK, 2, count, C * K), number, C, K, BLOCK_K) + key, b_CK)
+        tl.store(
+            tile(plane(wide_4NCK, 1, count, C * K), number, C, K, BLOCK_K) + key,
+            tl.dot(q_CC, w_CK, r_CK).to(tl.float16),
+        )
         k_CK = tl.dot(tl.trans(n_CC), b_CK, k_CK * leave_CK)
-        tl.store(tile(k_NCK, number, C, K, BLOCK_K) + key, k_CK.to(tl.float16))
+        tl.store(tile(plane(wide_4NCK, 3, count, C * K), number, C, K, BLOCK_K) + key, k_CK.to(tl.float16))
         tl.store(tile(g_NK, number, 1, K, BLOCK_K) + key, gate_1K)

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trihybrid.ops.wkv7.triton import GROUP
-from trihybrid.ops.wkv7.triton.chunks import columns, rows, strides, tile
+from trihybrid.ops.wkv7.triton.chunks import columns, plane, rows, strides, tile
 from trihybrid.ops.wkv7.triton.prepare import Prepared
 
 BLOCK_V = 32
@@ -46,11 +46,8 @@ def walk(
     last_BHKV = torch.empty(batch, heads, keys, width, device=v_BTGV.device, dtype=torch.float32)
     kept_GVK = half(batch * heads if keep else 0, groups + 1, width, keys)
     u_NVC, true_NVC = (half(count if keep else 0, width, chunk) for _ in range(2))
-    w_NCK, r_NCK, b_NCK, k_NCK = ready.wide_4NCK
-    p_NCC, n_NCC = ready.square_4NCC[0], ready.square_4NCC[2 if keep else 0]
-    operands = (w_NCK, b_NCK, r_NCK, k_NCK, p_NCC, ready.g_NK, n_NCC, n_NCC)
     outputs = (o_BTHV, u_NVC, true_NVC, kept_GVK, last_BHKV)
-    _launch(operands, v_BTGV, state_BHKV, outputs, None, keep, reverse=False)
+    _launch(ready, v_BTGV, state_BHKV, outputs, None, keep, reverse=False)
     return o_BTHV, last_BHKV, kept_GVK, u_NVC, true_NVC
 
 
@@ -67,16 +64,13 @@ def walk_back(
     dfirst_BHKV = torch.empty(batch, heads, keys, width, device=do_BTHV.device, dtype=torch.float32)
     dkept_GVK = half(batch * heads, groups + 1, width, keys)
     z_NVC, true_NVC = (half(count, width, chunk) for _ in range(2))
-    w_NCK, r_NCK, b_NCK, k_NCK = ready.wide_4NCK
-    p_NCC, f_NCC, _, e_NCC = ready.square_4NCC
-    operands = (b_NCK, w_NCK, k_NCK, r_NCK, p_NCC, ready.g_NK, e_NCC, f_NCC)
     outputs = (dv_BTHV, z_NVC, true_NVC, dkept_GVK, dfirst_BHKV)
-    _launch(operands, do_BTHV, dlast_BHKV, outputs, largest_BH, True, reverse=True)
+    _launch(ready, do_BTHV, dlast_BHKV, outputs, largest_BH, True, reverse=True)
     return dv_BTHV, dfirst_BHKV, dkept_GVK, z_NVC, true_NVC
 
 
 def _launch(
-    operands: tuple[Tensor, ...],
+    ready: Prepared,
     x_BTGV: Tensor,
     first_BHKV: Tensor | None,
     outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
@@ -84,12 +78,14 @@ def _launch(
     keep: bool,
     reverse: bool,
 ) -> None:
-    _, chunk, keys = operands[0].shape
+    chunk, keys = ready.wide_4NCK.shape[2:]
     y_BTHV, u_NVC, true_NVC, kept_GVK, last_BHKV = outputs
     batch, length, heads, width = y_BTHV.shape
     block = min(BLOCK_V, width)
     _walk[(batch * heads * (width // block),)](
-        *operands,
+        ready.wide_4NCK,
+        ready.square_4NCC,
+        ready.g_NK,
         x_BTGV,
         last_BHKV if first_BHKV is None else first_BHKV,
         last_BHKV if largest_BH is None else largest_BH,
@@ -174,14 +170,9 @@ def _largest(
 
 @triton.jit
 def _walk(
-    across_NCK,
-    back_NCK,
-    read_NCK,
-    write_NCK,
-    p_NCC,
+    wide_4NCK,
+    square_4NCC,
     g_NK,
-    along_NCC,
-    f_NCC,
     x,
     first,
     largest,
@@ -217,6 +208,13 @@ def _walk(
     batch, head = lane // heads, lane % heads
     column = tl.program_id(0) % blocks * BLOCK_V
     groups = tl.cdiv(chunks, GROUP_CHUNKS)
+    # W, R*, B^, K* as the chain goes: U comes from W and returns by B^, backwards Z from B^ by W.
+    count = (tl.num_programs(0) // blocks).to(tl.int64) * chunks
+    across_NCK = plane(wide_4NCK, 2 if REVERSE else 0, count, C * K)
+    back_NCK = plane(wide_4NCK, 0 if REVERSE else 2, count, C * K)
+    read_NCK = plane(wide_4NCK, 3 if REVERSE else 1, count, C * K)
+    write_NCK = plane(wide_4NCK, 1 if REVERSE else 3, count, C * K)
+    along_NCC = plane(square_4NCC, 3 if REVERSE else 2, count, C * C)
     value_V = column + tl.arange(0, BLOCK_V)
     key_K = tl.arange(0, K)
     at_state_VK = lane * (K * V) + key_K[None, :] * V + value_V[:, None]
@@ -243,7 +241,7 @@ def _walk(
         read_CK = tl.load(tile(read_NCK, number, C, K, K))
         back_CK = tl.load(tile(back_NCK, number, C, K, K))
         write_CK = tl.load(tile(write_NCK, number, C, K, K))
-        p_CC = tl.load(tile(p_NCC, number, C, C, C))
+        p_CC = tl.load(tile(square_4NCC, number, C, C, C))
         if not REVERSE:
             p_CC = tl.trans(p_CC)
         # Forwards the scale is 1; without a product the compiler would not fetch x ahead, and the chain would wait.
@@ -263,7 +261,7 @@ def _walk(
         if KEEP:
             along_CC = tl.load(tile(along_NCC, number, C, C, C))
             if REVERSE:
-                true_VC = tl.dot(u_VC, tl.load(tile(f_NCC, number, C, C, C)))
+                true_VC = tl.dot(u_VC, tl.load(tile(plane(square_4NCC, 1, count, C * C), number, C, C, C)))
                 true_VC = tl.dot(x_VC, along_CC, true_VC).to(tl.float16)
             else:
                 true_VC = tl.dot(x_VC, tl.trans(along_CC), u_VC.to(tl.float32)).to(tl.float16)

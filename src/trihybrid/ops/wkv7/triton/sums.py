@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trihybrid.ops.wkv7.triton.chunks import rows, strides, tile
+from trihybrid.ops.wkv7.triton.chunks import plane, rows, strides, tile
 from trihybrid.ops.wkv7.triton.prepare import Prepared
 from trihybrid.ops.wkv7.triton.state import GROUP, power
 
@@ -36,44 +36,29 @@ def sum_values(
     kept_GVK: Tensor,
     dkept_GVK: Tensor,
     largest_BH: Tensor,
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """dO h^T, Z h^T, V dH'^T, U dH'^T [N, C, K] and Z U^T, Z V^T, dO U^T, dO V^T [4, N, C, C] (all their entries) in
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dO h^T, Z h^T, V dH'^T, U dH'^T [4, N, C, K] and Z U^T, Z V^T, dO U^T, dO V^T [4, N, C, C] (all their entries) in
     float16, e [B H, groups, K] in float32; all times the scale."""
-    w_NCK, r_NCK, b_NCK, k_NCK = ready.wide_4NCK
-    _, chunk, keys = w_NCK.shape
+    count, chunk, keys = ready.wide_4NCK.shape[1:]
     lanes, borders = kept_GVK.shape[:2]
-    dr, dw, dk, db = (torch.empty_like(w_NCK) for _ in range(4))
-    scores_4NCC = torch.empty(4, *ready.square_4NCC.shape[1:], device=v_BTGV.device, dtype=torch.float16)
+    sums_4NCK, scores_4NCC = torch.empty_like(ready.wide_4NCK), torch.empty_like(ready.square_4NCC)
     e_GK = torch.empty(lanes, borders - 1, keys, device=v_BTGV.device, dtype=torch.float32)
     _, length, heads, width = do_BTHV.shape
     block = min(BLOCK_K, keys)
-    for reverse, states, (x, other), operands, values, outputs in (
-        (
-            False,
-            (kept_GVK, kept_GVK),
-            (do_BTHV, v_BTGV),
-            (k_NCK, b_NCK),
-            (true_z_NVC, u_NVC),
-            (dr, dw),
-        ),
-        (
-            True,
-            (dkept_GVK, kept_GVK),
-            (v_BTGV, do_BTHV),
-            (r_NCK, w_NCK),
-            (true_u_NVC, z_NVC),
-            (dk, db),
-        ),
+    for reverse, states_GVK, x, other, values in (
+        (False, kept_GVK, do_BTHV, v_BTGV, (true_z_NVC, u_NVC)),
+        (True, dkept_GVK, v_BTGV, do_BTHV, (true_u_NVC, z_NVC)),
     ):
         _sum[(lanes * (borders - 1) * (keys // block),)](
-            *states,
+            states_GVK,
+            kept_GVK,
             x,
             other,
-            *operands,
+            ready.wide_4NCK,
             *values,
             ready.g_NK,
             largest_BH,
-            *outputs,
+            sums_4NCK,
             e_GK,
             length,
             triton.cdiv(length, chunk),
@@ -91,13 +76,13 @@ def sum_values(
             STAGES=STAGES,
             num_warps=block // KEYS_A_WARP,
         )
-    _score[(scores_4NCC.shape[1],)](
+    _score[(count,)](
         true_u_NVC,
         true_z_NVC,
         v_BTGV,
         do_BTHV,
         largest_BH,
-        *scores_4NCC,
+        scores_4NCC,
         length,
         triton.cdiv(length, chunk),
         heads,
@@ -108,7 +93,7 @@ def sum_values(
         V=width,
         num_warps=1,
     )
-    return (dr, dw, dk, db), scores_4NCC, e_GK
+    return sums_4NCK, scores_4NCC, e_GK
 
 
 @triton.jit
@@ -141,10 +126,7 @@ def _score(
     v,
     do,
     largest,
-    zu_NCC,
-    zv_NCC,
-    ou_NCC,
-    ov_NCC,
+    scores_4NCC,
     length,
     chunks,
     heads,
@@ -165,6 +147,7 @@ def _score(
     chunk, batch = rest % chunks, rest // chunks
     number = (batch * heads + head) * chunks + chunk
     start = chunk * C
+    count = tl.num_programs(0).to(tl.int64)
     scale = power(tl.load(largest + batch * heads + head))
     z_VC = tl.load(tile(z_NVC, number, V, C, C))
     u_VC = tl.load(tile(u_NVC, number, V, C, C))
@@ -173,10 +156,10 @@ def _score(
     )
     o_CV = _values(do, do_stride_b, do_stride_t, do_stride_h, batch, head, start, length, scale, True, C, V)
     z_CV, v_VC = tl.trans(z_VC), tl.trans(v_CV)
-    tl.store(tile(zu_NCC, number, C, C, C), tl.dot(z_CV, u_VC).to(tl.float16))
-    tl.store(tile(zv_NCC, number, C, C, C), tl.dot(z_CV, v_VC).to(tl.float16))
-    tl.store(tile(ou_NCC, number, C, C, C), tl.dot(o_CV, u_VC).to(tl.float16))
-    tl.store(tile(ov_NCC, number, C, C, C), tl.dot(o_CV, v_VC).to(tl.float16))
+    tl.store(tile(scores_4NCC, number, C, C, C), tl.dot(z_CV, u_VC).to(tl.float16))
+    tl.store(tile(plane(scores_4NCC, 1, count, C * C), number, C, C, C), tl.dot(z_CV, v_VC).to(tl.float16))
+    tl.store(tile(plane(scores_4NCC, 2, count, C * C), number, C, C, C), tl.dot(o_CV, u_VC).to(tl.float16))
+    tl.store(tile(plane(scores_4NCC, 3, count, C * C), number, C, C, C), tl.dot(o_CV, v_VC).to(tl.float16))
 
 
 @triton.jit
@@ -185,14 +168,12 @@ def _sum(
     kept,
     x,
     other,
-    write_NCK,
-    back_NCK,
+    wide_4NCK,
     along_NVC,
     beside_NVC,
     g_NK,
     largest,
-    dread_NCK,
-    dacross_NCK,
+    sums_4NCK,
     e_GK,
     length,
     chunks,
@@ -231,6 +212,12 @@ def _sum(
     if REVERSE:
         e_K = tl.sum(h_KV * tl.load(kept + at_KV).to(tl.float32), 1)
         tl.store(e_GK + (lane * groups + group) * K + key_K, e_K)
+    # Forwards the state is written to by K* and B^, and its products are the first two; backwards, by R* and W.
+    every = (tl.num_programs(0) // (groups * blocks)).to(tl.int64) * chunks
+    write_NCK = plane(wide_4NCK, 1 if REVERSE else 3, every, C * K)
+    back_NCK = plane(wide_4NCK, 0 if REVERSE else 2, every, C * K)
+    dread_NCK = plane(sums_4NCK, 2 if REVERSE else 0, every, C * K)
+    dacross_NCK = plane(sums_4NCK, 3 if REVERSE else 1, every, C * K)
     first = (group * GROUP_CHUNKS).to(tl.int32)
     count = tl.minimum(GROUP_CHUNKS, chunks - first)
     for step in tl.range(0, count, num_stages=STAGES):
