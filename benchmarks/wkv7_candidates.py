@@ -14,6 +14,7 @@ import torch
 from triton import AsyncCompileMode
 from triton.runtime.jit import JITFunction
 from wkv7_cand_prepare import prepare as once
+from wkv7_cand_sums import together
 from wkv7_gpu_worker import median_ms
 from wkv7_old import gradient as old_gradient
 from wkv7_old import prepare as old_prepare
@@ -133,6 +134,11 @@ def candidates(case):
     yield "sums old", lambda: case.total(old_sums)
     for stages in (3, 4):
         yield f"sums {stages}", with_constants(sums, lambda: case.total(sums), STAGES=stages)
+    values = case.u, case.z, case.true_u, case.true_z
+    yield (
+        "sums together",
+        lambda: together(case.ready, case.tokens[3], case.do, *values, case.kept, case.dkept, case.largest),
+    )
     yield "gradient old", lambda: case.gradient(old_gradient)
     for stages in (1, 3):
         yield f"gradient {stages}", with_constants(gradient, lambda: case.gradient(gradient), STAGES=stages)
@@ -269,7 +275,12 @@ def main():
     def whole():
         return torch.autograd.grad(wkv7_triton(*leaves)[0], leaves, do)
 
-    for name, call in (("forward", forward), ("both", whole)):
+    def dispatched():
+        from trihybrid.ops.wkv7 import triton as room
+
+        return torch.autograd.grad(room._forward(*leaves, None, None, 16, True, False)[0], leaves, do)
+
+    for name, call in (("forward", forward), ("both dispatched", dispatched), ("both", whole)):
         ms = median_ms(call)
         # The host alone: the GPU sleeps while it is timed.
         hosts, walls = [], []

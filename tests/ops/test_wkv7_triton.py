@@ -127,6 +127,25 @@ class TestInterpreted:
         ):
             assert torch.equal(x, y)
 
+    @pytest.mark.parametrize("keep", [True, False])
+    def test_the_operator_keeps_its_promises(self, load, keep):
+        """What a compiler sees; calls go past it otherwise."""
+        room = load("trihybrid.ops.wkv7.triton")
+        inputs = [x.requires_grad_(keep) for x in make_inputs("random", (1, 17, 1, 16))]
+        torch.library.opcheck(room._forward, (*inputs, None, 16, keep, False))
+
+    def test_the_operator_is_what_an_eager_call_runs(self, load, operator):
+        room = load("trihybrid.ops.wkv7.triton")
+        inputs, weights = make_inputs("random", (1, 17, 2, 16)), make_weights((1, 17, 2, 16), torch.zeros(()))
+
+        def dispatched(*arguments):
+            return room._forward(*arguments, 16, True, False)[:2]
+
+        for x, y in zip(
+            run(operator, inputs, None, weights), run(dispatched, inputs, None, weights), strict=True
+        ):
+            assert torch.equal(x, y)
+
     def test_dtypes_may_differ(self, operator):
         inputs = make_inputs("random", (1, 20, 2, 16))
         for at in (0, 2, 3):

@@ -17,6 +17,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["CHUNK", "wkv7_triton", "wkv7_triton_grouped"]
 
@@ -108,7 +109,13 @@ def _run(
             # A state that the first token replaces does not act, even one that is not finite.
             state_BHKV = state_BHKV.masked_fill(reset_BT[:, 0, None, None, None], 0.0)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tokens, state_BHKV))
-    o_BTHV, last_BHKV, *_ = _forward(*tokens, state_BHKV, reset_BT, chunk, keep, grouped)
+    arguments = (*tokens, state_BHKV, reset_BT, chunk, keep, grouped)
+    if torch.compiler.is_compiling() or type(tokens[0]) is not Tensor:
+        o_BTHV, last_BHKV, *_ = _forward(*arguments)
+    elif keep:
+        o_BTHV, last_BHKV, *_ = _Eager.apply(*arguments)
+    else:
+        o_BTHV, last_BHKV, *_ = _forward_kernels(*arguments)
     return o_BTHV, last_BHKV
 
 
@@ -120,8 +127,7 @@ def _bytes(reset_BT: Tensor | None) -> Tensor | None:
     return None if reset_BT is None else reset_BT.contiguous().view(torch.uint8)
 
 
-@torch.library.custom_op("trihybrid::wkv7", mutates_args=())
-def _forward(
+def _forward_kernels(
     r_BTHK: Tensor,
     log_w_BTHK: Tensor,
     k_BTGK: Tensor,
@@ -148,6 +154,9 @@ def _forward(
     if not keep:
         ready = Prepared(*(x.new_empty(0) for x in (ready.wide_4NCK, ready.square_4NCC, ready.g_NK)))
     return o_BTHV, last_BHKV, kept_GVK, u_NVC, true_u_NVC, ready.wide_4NCK, ready.square_4NCC, ready.g_NK
+
+
+_forward = torch.library.custom_op("trihybrid::wkv7", _forward_kernels, mutates_args=())
 
 
 @_forward.register_fake
@@ -180,8 +189,7 @@ def _(
     )
 
 
-@torch.library.custom_op("trihybrid::wkv7_backward", mutates_args=())
-def _backward(
+def _backward_kernels(
     do_BTHV: Tensor,
     dlast_BHKV: Tensor | None,
     r_BTHK: Tensor,
@@ -235,6 +243,9 @@ def _summed(x_BTHD: Tensor, like_BTGD: Tensor) -> Tensor:
     return x_BTGRD.sum(3, dtype=torch.float32).to(like_BTGD.dtype)
 
 
+_backward = torch.library.custom_op("trihybrid::wkv7_backward", _backward_kernels, mutates_args=())
+
+
 @_backward.register_fake
 def _(
     do_BTHV: Tensor,
@@ -269,12 +280,32 @@ def _keep(ctx, inputs, output) -> None:
     ctx.has_state = state is not None
 
 
-def _differentiate(ctx, do_BTHV, dlast_BHKV, *_kept) -> tuple[Tensor | None, ...]:
+def _gradients(backward, ctx, do_BTHV, dlast_BHKV) -> tuple[Tensor | None, ...]:
     r, log_w, k, v, a, b, reset, *kept = ctx.saved_tensors
     if do_BTHV is None:
         do_BTHV = v.new_zeros(*r.shape[:3], v.shape[-1])
-    *gradients, dstate_BHKV = _backward(do_BTHV, dlast_BHKV, r, log_w, k, v, a, b, reset, *kept, ctx.grouped)
+    *gradients, dstate_BHKV = backward(do_BTHV, dlast_BHKV, r, log_w, k, v, a, b, reset, *kept, ctx.grouped)
     return *gradients, dstate_BHKV if ctx.has_state else None, None, None, None, None
 
 
+def _differentiate(ctx, do_BTHV, dlast_BHKV, *_kept) -> tuple[Tensor | None, ...]:
+    return _gradients(_backward, ctx, do_BTHV, dlast_BHKV)
+
+
 _forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without its dispatch, which is for a compiler: over a short sequence the host would take longer for it
+    than a GPU for the kernels."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        output = _forward_kernels(*arguments)
+        _keep(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do_BTHV, dlast_BHKV, *_kept):
+        return _gradients(_backward_kernels, ctx, do_BTHV, dlast_BHKV)
