@@ -13,7 +13,6 @@ START = time.perf_counter()
 import torch
 from triton import AsyncCompileMode
 from triton.runtime.jit import JITFunction
-from wkv7_cand_prepare import prepare as once
 from wkv7_cand_sums import together
 from wkv7_gpu_worker import median_ms
 from wkv7_old import gradient as old_gradient
@@ -22,7 +21,7 @@ from wkv7_old import state as old_state
 from wkv7_old import sums as old_sums
 
 from trihybrid.ops.wkv7.triton import gradient, prepare, state, sums, wkv7_triton
-from trihybrid.testing.wkv7_cases import KINDS, answer, differentiate, errors, make_inputs, make_weights
+from trihybrid.testing.wkv7_cases import make_inputs, make_weights
 
 
 def say(*what):
@@ -30,7 +29,7 @@ def say(*what):
 
 
 def attempt(name, call):
-    if time.perf_counter() - START > 88:
+    if time.perf_counter() - START > 55:
         return None
     try:
         return call()
@@ -111,37 +110,29 @@ def with_constants(room, call, **constants):
 
 
 def candidates(case):
-    yield "prepare old", lambda: case.prepare(old_prepare)
-    for stages in (2, 4, 5):
-        yield (
-            f"prepare stages {stages}",
-            with_constants(prepare, lambda: case.prepare(prepare), STAGES=stages),
-        )
-    for ahead in (1, 2, 4):
-        yield f"prepare once {ahead}", lambda ahead=ahead: once(*case.five, None, 16, True, ahead)
-    yield "walk alone old", lambda: case.walk(old_state, False)
-    for stages in (4, 6):
-        yield (
-            f"walk alone {stages}",
-            with_constants(state, lambda: case.walk(state, False), STAGES_ALONE=stages),
-        )
-    yield "walk kept old", lambda: case.walk(old_state)
-    yield "walk back old", lambda: case.walk_back(old_state)
-    for stages, block in ((3, 32), (4, 32), (3, 64)):
-        constants = {"STAGES": stages, "BLOCK_V": block}
-        yield f"walk kept {stages} {block}", with_constants(state, lambda: case.walk(state), **constants)
-        yield f"walk back {stages} {block}", with_constants(state, lambda: case.walk_back(state), **constants)
-    yield "sums old", lambda: case.total(old_sums)
-    for stages in (3, 4):
-        yield f"sums {stages}", with_constants(sums, lambda: case.total(sums), STAGES=stages)
+    many = case.tokens[0].shape[0] > 1
+    for part, stages, block in (
+        ((128, 3, 64), (64, 3, 64), (64, 4, 64))
+        if many
+        else ((128, 4, 32), (64, 4, 32), (32, 4, 32), (64, 3, 32))
+    ):
+        constants = {"PART": part, "STAGES": stages, "NARROW": block, "WIDE": block}
+        name = f"{part} {stages} {block}"
+        yield f"walk alone {name}", with_constants(state, lambda: case.walk(state, False), **constants)
+        yield f"walk kept {name}", with_constants(state, lambda: case.walk(state), **constants)
+        yield f"walk back {name}", with_constants(state, lambda: case.walk_back(state), **constants)
     values = case.u, case.z, case.true_u, case.true_z
+    yield "sums", lambda: case.total(sums)
     yield (
         "sums together",
         lambda: together(case.ready, case.tokens[3], case.do, *values, case.kept, case.dkept, case.largest),
     )
-    yield "gradient old", lambda: case.gradient(old_gradient)
-    for stages in (1, 3):
-        yield f"gradient {stages}", with_constants(gradient, lambda: case.gradient(gradient), STAGES=stages)
+    for block, warps in ((32, 1), (16, 1), (64, 2)):
+        constants = {"BLOCK_K": block, "WARPS": warps}
+        yield (
+            f"gradient {block} {warps}",
+            with_constants(gradient, lambda: case.gradient(gradient), **constants),
+        )
 
 
 def flat(x):
@@ -184,9 +175,10 @@ def compile_all():
     JITFunction.run = warm
     try:
         with AsyncCompileMode(ThreadPoolExecutor(16), ignore_errors=True):
-            case = Case(1, 4096)
-            for name, call in candidates(case):
-                attempt(name, call)
+            for batch in (1, 8):
+                case = Case(batch, 4096)
+                for name, call in candidates(case):
+                    attempt(name, call)
     finally:
         JITFunction.run = run
 
@@ -256,14 +248,6 @@ def main():
     table(case, 1)
     case = None
     torch.cuda.empty_cache()
-    for kind in KINDS:
-        inputs = make_inputs(kind, (2, 333, 2, 128), 0, "cuda", torch.bfloat16)
-        weights = make_weights((2, 333, 2, 128), inputs[3])
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        found = attempt(kind, lambda: differentiate(*wkv7_triton(*leaves, None), leaves, weights))
-        if found:
-            what = errors(found, answer(inputs, None, weights), inputs[0])
-            say(f"{kind:14}", " ".join(f"{name} {error:.1e}" for name, error in what.items()))
     *tokens, _ = make_inputs("random", (1, 4096, 32, 128), 0, "cuda", torch.bfloat16)
     do = make_weights((1, 4096, 32, 128), tokens[3])[0]
     leaves = [x.detach().requires_grad_() for x in tokens]
@@ -310,21 +294,6 @@ def main():
             f"back to back {1e3 * statistics.median(walls):.3f}, graph {replay:.3f}"
         )
         del kept
-    attempt("grouped", grouped)
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
-        for _ in range(5):
-            whole()
-        torch.cuda.synchronize()
-    rows = sorted(trace.key_averages(), key=lambda row: -row.device_time_total)
-    for row in rows[:16]:
-        if row.device_time_total:
-            say(f"  {row.key[:60]:60} {row.count:4} x {row.device_time_total / row.count:8.1f} us")
-    rows = sorted(trace.key_averages(), key=lambda row: -row.self_cpu_time_total)
-    for row in rows[:16]:
-        say(f"  host {row.key[:60]:60} {row.count:4} x {row.self_cpu_time_total / row.count:8.1f} us")
-
     torch.cuda.empty_cache()
     table(Case(8, 4096), 8)
 

@@ -1,18 +1,19 @@
 """WKV-7 on a GPU beside its peers: time, memory and error, forward, backward and one decoded token.
 
     python benchmarks/wkv7_gpu.py [--part ours] [--measure speed,grouped,errors,decode] [--kinds random,...]
-        [--json FOLDER]
+        [--headline] [--json FOLDER]
     python benchmarks/wkv7_gpu.py --part fla --fla 0.6.0=FOLDER --fla 0.4.1=FOLDER [--modes "lower_bound"]
-        [--peer-widths 128,64] [--json FOLDER]
+        [--peer-widths 128,64] [--headline] [--json FOLDER]
 
 Without --part both run. Each version of fla-core runs in a process of its own, in all of its modes (or in those whose
 name holds what --modes says) and with its whole lists of configurations for the tuner, some 300 a mode and width.
 FOLDER is its unpacked wheel (python -m zipfile -e FILE FOLDER); without one a version is left out, with a line.
-bfloat16 throughout. Times are medians of GPU time from a cold cache; a copy of the bytes that have to move is timed
-alike. Errors are relative and rms, against the float64 recurrence (beyond 2,048 tokens its float64 chunked form), the
-worst over lengths, widths, with and without a state, and packed documents. "grouped" times 32 heads that share the keys
-and values of 4, beside the same with keys and values repeated and what is made of them written down, in float32 where
-the rwkv7 mixer has it so.
+bfloat16 throughout. Times are medians of GPU time from a cold cache, the host well ahead; a copy of the bytes that have
+to move is timed alike. "With the host" is forward+backward by the clock, one after the other, in ms: where it is more
+than the GPU's time, the host is slower. Errors are relative and rms, against the float64 recurrence (beyond 2,048
+tokens its chunked form), the worst over lengths, widths, with and without a state, and packed documents. "grouped" times 32
+heads that share the keys and values of 4, beside the same with keys and values repeated and what is made of them
+written down, in float32 where the rwkv7 mixer has it so.
 --json writes the rows as wkv7_gpu.json into FOLDER, as they come. Rows that another call left there are kept where they
 are not measured anew, and are in the tables: so one part may run after the other. Exits with 1 when a target is missed.
 """
@@ -97,7 +98,10 @@ def main() -> int:
     ]  # these are tried again
     for name, folder in workers.items():
         widths = WIDTHS if name == "ours" else peer_widths
-        for row in work(name, folder, list(tasks(name, measures, widths, kinds)), arguments.modes):
+        waiting = list(tasks(name, measures, widths, kinds))
+        if arguments.headline:
+            waiting = [task for task in waiting if task.get("shape", HEADLINE) == HEADLINE]
+        for row in work(name, folder, waiting, arguments.modes):
             rows = [other for other in rows if identity(other) != identity(row)] + [row]
             if kept is not None:
                 kept.parent.mkdir(parents=True, exist_ok=True)
@@ -188,8 +192,8 @@ def key(row: Row) -> tuple[int, ...]:
 def speed_table(rows: list[Row]) -> None:
     """Milliseconds, nanoseconds a token and head, and ratios to our kernel."""
     print(
-        "| B, T, H, D | who | forward ms | ratio | forward+backward ms | ratio | ns a token and head | peak GiB "
-        "| error of o |\n|---|---|---|---|---|---|---|---|---|"
+        "| B, T, H, D | who | forward ms | ratio | forward+backward ms | ratio | ns a token and head | with the host "
+        "| peak GiB | error of o |\n|---|---|---|---|---|---|---|---|---|---|"
     )
     for shape in SHAPES:
         ours = our_speed(rows, shape)
@@ -205,6 +209,7 @@ def speed_table(rows: list[Row]) -> None:
                 number(row, "both_ms", "{:.3f}"),
                 ratio(row, ours, "both_ms"),
                 number(row, "both_ms", "{:.2f}", 1e6 / (shape[0] * shape[1] * shape[2])),
+                number(row, "wall_ms", "{:.3f}"),
                 number(row, "peak_bytes", "{:.2f}", 2**-30),
                 row.get("failed") or number(row, "error", "{:.1e}"),
             ]

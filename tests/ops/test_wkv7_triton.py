@@ -87,6 +87,11 @@ class TestInterpreted:
     def test_widths(self, operator, width):
         check(operator, "random", make_inputs("random", (1, 35, 1, width)), None)
 
+    def test_a_state_in_parts(self, operator, monkeypatch):
+        """As it is held at a width of 128."""
+        monkeypatch.setattr("trihybrid.ops.wkv7.triton.state.PART", 16)
+        check(operator, "random", make_inputs("random", (1, 35, 1, 32)), None)
+
     @pytest.mark.parametrize("starts", [[0], [16, 32], [5, 6, 17, 31, 39], range(40)])
     def test_documents(self, operator, starts):
         inputs, reset = make_inputs("random", (2, 40, 2, 16)), borders(2, 40, list(starts))

@@ -296,8 +296,8 @@ _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
 class _Eager(torch.autograd.Function):
-    """The operator without its dispatch, which is for a compiler: over a short sequence the host would take longer for it
-    than a GPU for the kernels."""
+    """The operator without its dispatch, which is for a compiler: with it, the host would take longer over a short
+    sequence than a GPU over the kernels."""
 
     @staticmethod
     def forward(ctx, *arguments):

@@ -40,7 +40,7 @@ from trihybrid.ops.wkv7.triton.chunks import (
 )
 
 # A program is one warp, so that nothing waits for other warps, and takes keys in blocks, twice, to need few registers.
-BLOCK_K, WARPS, STAGES = 32, 1, 2
+BLOCK_K, WARPS, STAGES = 32, 1, 4
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,12 @@ from trihybrid.ops.wkv7.triton import GROUP
 from trihybrid.ops.wkv7.triton.chunks import columns, plane, rows, strides, tile
 from trihybrid.ops.wkv7.triton.prepare import Prepared
 
-BLOCK_V = 32
-# How far ahead tiles are fetched: further in a lone forward with chunks of 16, for which shared memory has room.
-STAGES, STAGES_ALONE = 3, 6
+# Values of a program: few while there are processors without one, more when all have some, which read less then.
+NARROW, WIDE = 32, 64
+MANY = 512  # programs with NARROW values
+STAGES, STAGES_LONG = 4, 3  # how far ahead tiles are fetched, for chunks of 16 and of 32 tokens
 VALUES_A_WARP = 16
+PART = 64  # keys of the state that are one tensor
 ROWS = 128  # tokens that one program searches for the largest gradient
 
 
@@ -81,7 +83,7 @@ def _launch(
     chunk, keys = ready.wide_4NCK.shape[2:]
     y_BTHV, u_NVC, true_NVC, kept_GVK, last_BHKV = outputs
     batch, length, heads, width = y_BTHV.shape
-    block = min(BLOCK_V, width)
+    block = min(NARROW if batch * heads * width // NARROW < MANY else WIDE, width)
     _walk[(batch * heads * (width // block),)](
         ready.wide_4NCK,
         ready.square_4NCC,
@@ -109,7 +111,8 @@ def _launch(
         K=keys,
         V=width,
         BLOCK_V=block,
-        STAGES=STAGES if keep or chunk > 16 else STAGES_ALONE,
+        PART=min(PART, keys),
+        STAGES=STAGES if chunk == 16 else STAGES_LONG,
         num_warps=block // VALUES_A_WARP,
     )
 
@@ -200,6 +203,7 @@ def _walk(
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PART: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     # Blocks of one head run together: they read the same operands.
@@ -216,17 +220,25 @@ def _walk(
     write_NCK = plane(wide_4NCK, 1 if REVERSE else 3, count, C * K)
     along_NCC = plane(square_4NCC, 3 if REVERSE else 2, count, C * C)
     value_V = column + tl.arange(0, BLOCK_V)
-    key_K = tl.arange(0, K)
+    key_K = tl.arange(0, PART)
     at_state_VK = lane * (K * V) + key_K[None, :] * V + value_V[:, None]
     at_kept_VK = lane * (groups + 1) * (K * V) + value_V[:, None] * K + key_K[None, :]
     if REVERSE:
         scale = power(tl.load(largest + lane))
-    h_VK = tl.zeros((BLOCK_V, K), tl.float32)
-    if HAS_FIRST:
-        h_VK += tl.load(first + at_state_VK) * scale
-    if KEEP:
-        border = groups if REVERSE else 0
-        tl.store(kept + at_kept_VK + tl.cast(border, tl.int64) * (K * V), h_VK.to(tl.float16))
+    # The state in parts of its keys: the product that gives U, on which all waits, is a sum of shorter chains.
+    parts: tl.constexpr = K // PART
+    h = ()
+    for part in tl.static_range(parts):
+        h_VK = tl.zeros((BLOCK_V, PART), tl.float32)
+        if HAS_FIRST:
+            h_VK += tl.load(first + at_state_VK + part * PART * V) * scale
+        if KEEP:
+            border = groups if REVERSE else 0
+            at_VK = at_kept_VK + part * PART + tl.cast(border, tl.int64) * (K * V)
+            tl.store(kept + at_VK, h_VK.to(tl.float16))
+        h = h + (h_VK,)  # noqa: RUF005
+    # Zeros that the compiler does not know, or it would make one chain of the sum again.
+    nothing_VC = tl.zeros((BLOCK_V, C), tl.float32) + 0.0 * scale
     for step in tl.range(0, chunks, num_stages=STAGES):
         chunk = chunks - 1 - step if REVERSE else step
         number = lane * chunks + chunk
@@ -236,23 +248,36 @@ def _walk(
             x + column, x_stride_b, x_stride_t, x_stride_h, batch, head // repeats, start, C, BLOCK_V
         )
         x_VC = tl.load(at_x, mask=inside_1C, other=0.0)
-        gate_K = tl.load(g_NK + number * K + key_K)
-        across_CK = tl.load(tile(across_NCK, number, C, K, K))
-        read_CK = tl.load(tile(read_NCK, number, C, K, K))
-        back_CK = tl.load(tile(back_NCK, number, C, K, K))
-        write_CK = tl.load(tile(write_NCK, number, C, K, K))
+        loaded = ()
+        for part in tl.static_range(parts):
+            key = part * PART
+            loaded = loaded + (  # noqa: RUF005, since the kernel language does not unpack
+                (
+                    tl.load(g_NK + number * K + key + key_K),
+                    tl.load(tile(across_NCK, number, C, K, PART) + key),
+                    tl.load(tile(read_NCK, number, C, K, PART) + key),
+                    tl.load(tile(back_NCK, number, C, K, PART) + key),
+                    tl.load(tile(write_NCK, number, C, K, PART) + key),
+                ),
+            )
         p_CC = tl.load(tile(square_4NCC, number, C, C, C))
         if not REVERSE:
             p_CC = tl.trans(p_CC)
         # Forwards the scale is 1; without a product the compiler would not fetch x ahead, and the chain would wait.
         x_VC = (x_VC.to(tl.float32) * scale).to(tl.float16)
-        half_VK = h_VK.to(tl.float16)
         # With U first the compiler lays all warps along the values, as the chain wants it.
-        u_VC = tl.dot(half_VK, tl.trans(across_CK)).to(tl.float16)
-        h_VK *= gate_K[None, :]
-        y_VC = tl.dot(half_VK, tl.trans(read_CK))
-        h_VK = tl.dot(x_VC, write_CK, h_VK)
-        h_VK = tl.dot(u_VC, back_CK, h_VK)
+        u_VC = tl.dot(h[0].to(tl.float16), tl.trans(loaded[0][1]), nothing_VC)
+        y_VC = tl.dot(h[0].to(tl.float16), tl.trans(loaded[0][2]))
+        for part in tl.static_range(1, parts):
+            u_VC += tl.dot(h[part].to(tl.float16), tl.trans(loaded[part][1]), nothing_VC)
+            y_VC = tl.dot(h[part].to(tl.float16), tl.trans(loaded[part][2]), y_VC)
+        u_VC = u_VC.to(tl.float16)
+        later = ()
+        for part in tl.static_range(parts):
+            gate_K, _, _, back_CK, write_CK = loaded[part]
+            h_VK = tl.dot(x_VC, write_CK, h[part] * gate_K[None, :])
+            later = later + (tl.dot(u_VC, back_CK, h_VK),)  # noqa: RUF005
+        h = later
         y_VC = tl.dot(x_VC, p_CC, y_VC)
         if REVERSE:
             y_VC = y_VC / scale
@@ -276,5 +301,8 @@ def _walk(
                 at_border = (chunk % GROUP_CHUNKS == GROUP_CHUNKS - 1) | (chunk == chunks - 1)
                 border = chunk // GROUP_CHUNKS + 1
             if at_border:
-                tl.store(kept + at_kept_VK + border.to(tl.int64) * (K * V), h_VK.to(tl.float16))
-    tl.store(last + at_state_VK, h_VK / scale)
+                for part in tl.static_range(parts):
+                    at_VK = at_kept_VK + part * PART + border.to(tl.int64) * (K * V)
+                    tl.store(kept + at_VK, h[part].to(tl.float16))
+    for part in tl.static_range(parts):
+        tl.store(last + at_state_VK + part * PART * V, h[part] / scale)
