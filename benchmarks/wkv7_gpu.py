@@ -11,9 +11,9 @@ FOLDER is its unpacked wheel (python -m zipfile -e FILE FOLDER); without one a v
 bfloat16 throughout. Times are medians of GPU time from a cold cache, the host well ahead; a copy of the bytes that have
 to move is timed alike. "With the host" is forward+backward by the clock, one after the other, in ms: where it is more
 than the GPU's time, the host is slower. Errors are relative and rms, against the float64 recurrence (beyond 2,048
-tokens its chunked form), the worst over lengths, widths, with and without a state, and packed documents. "grouped" times 32
-heads that share the keys and values of 4, beside the same with keys and values repeated and what is made of them
-written down, in float32 where the rwkv7 mixer has it so.
+tokens its chunked form), the worst over lengths, widths, with and without a state, and packed documents. "grouped"
+times 32 heads that share the keys and values of 4, beside the same with keys and values repeated and what is made of
+them written down, in float32 where the rwkv7 mixer has it so.
 --json writes the rows as wkv7_gpu.json into FOLDER, as they come. Rows that another call left there are kept where they
 are not measured anew, and are in the tables: so one part may run after the other. Exits with 1 when a target is missed.
 """

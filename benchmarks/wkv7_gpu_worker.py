@@ -169,16 +169,18 @@ def median_ms(call: Callable[[], Any]) -> float:
 
 def wall_ms(call: Callable[[], Any]) -> float:
     """Milliseconds a call of many, one after the other, by the clock: the GPU's or the host's, whichever is slower."""
-    repetitions = 10
-    found = []
+    found: list[float] = []
+    repetitions = 1
     for _ in range(5):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(repetitions):
             call()
         torch.cuda.synchronize()
-        found.append(1e3 * (time.perf_counter() - start) / repetitions)
-    return statistics.median(found)
+        seconds = (time.perf_counter() - start) / repetitions
+        found.append(1e3 * seconds)
+        repetitions = max(1, min(20, int(SECONDS / 5 / seconds)))
+    return statistics.median(found[1:])
 
 
 def measure_speed(name: str, modes: dict[str, Operator], shape: Sequence[int], only: str | None = None):
