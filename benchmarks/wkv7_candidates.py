@@ -13,6 +13,7 @@ START = time.perf_counter()
 import torch
 from triton import AsyncCompileMode
 from triton.runtime.jit import JITFunction
+from wkv7_cand_prepare import prepare as once
 from wkv7_cand_sums import together
 from wkv7_gpu_worker import median_ms
 from wkv7_old import gradient as old_gradient
@@ -121,6 +122,12 @@ def candidates(case):
         yield f"walk alone {name}", with_constants(state, lambda: case.walk(state, False), **constants)
         yield f"walk kept {name}", with_constants(state, lambda: case.walk(state), **constants)
         yield f"walk back {name}", with_constants(state, lambda: case.walk_back(state), **constants)
+    yield "prepare", lambda: case.prepare(prepare)
+    for warps, block in ((2, 64), (2, 32), (4, 32)):
+        yield (
+            f"prepare once {warps} {block}",
+            lambda warps=warps, block=block: once(*case.five, None, 16, True, False, warps, block),
+        )
     values = case.u, case.z, case.true_u, case.true_z
     yield "sums", lambda: case.total(sums)
     yield (
