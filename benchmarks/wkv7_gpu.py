@@ -70,6 +70,7 @@ def main() -> int:
     parser.add_argument(
         "--kinds", default=",".join(KINDS), help=f"inputs of the errors: some of {','.join(KINDS)}"
     )
+    parser.add_argument("--headline", action="store_true", help=f"time {HEADLINE} alone, and no other shape")
     parser.add_argument("--json", type=Path, metavar="FOLDER", help="write wkv7_gpu.json into this folder")
     arguments = parser.parse_args()
     measures = arguments.measure.split(",")

@@ -31,7 +31,7 @@ NARROW, WIDE = 32, 64
 MANY = 512  # programs with NARROW values
 STAGES, STAGES_LONG = 4, 3  # how far ahead tiles are fetched, for chunks of 16 and of 32 tokens
 VALUES_A_WARP = 16
-PART = 64  # keys of the state that are one tensor
+PART = 64  # keys of the state that are one tensor; all of them backwards with NARROW values
 ROWS = 128  # tokens that one program searches for the largest gradient
 
 
@@ -111,7 +111,7 @@ def _launch(
         K=keys,
         V=width,
         BLOCK_V=block,
-        PART=min(PART, keys),
+        PART=keys if reverse and block <= NARROW else min(PART, keys),
         STAGES=STAGES if chunk == 16 else STAGES_LONG,
         num_warps=block // VALUES_A_WARP,
     )
