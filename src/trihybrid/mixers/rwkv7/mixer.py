@@ -187,8 +187,8 @@ class Rwkv7(Mixer):
     def _projected(
         self, x_BTD: Tensor, span: Span, shared: Shared
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """r [B, T, H, N], k and v [B, T, G, N], what is added to the offsets of decay and iclr, and the gate, the last three
-        [B, T, C]; keys and values are published on the way."""
+        """r [B, T, H, N], k and v [B, T, G, N], what is added to the offsets of decay and iclr, and the gate, each of
+        these three [B, T, C]; keys and values are published on the way."""
         options = self.options
         heads = (options.heads, options.head_dim)
         r_BTHN = self._placed("r_norm", self.receptance(x_BTD).unflatten(-1, heads), span, shared)
