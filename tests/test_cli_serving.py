@@ -25,6 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long  # tests/infer/server/test_shutdown.py holds the same in one process
 def test_a_real_signal_lets_the_running_answer_finish(micro: ModuleType, model: Path) -> None:
     """The process ends with exit code 0, and its stream with [DONE]."""
     process = micro.start("serve", model, "--port", 0, "--context", 400, "--grace", 60)

@@ -101,3 +101,22 @@ def test_the_weighted_parts_of_a_batch_are_the_batch(shape) -> None:
     assert weights == [11, 8] and task.weight(batch) == 19
     mean = sum(weight * task.loss(part)[0] for weight, part in zip(weights, parts, strict=True)) / 19
     assert relative_error(mean, task.loss(batch)[0]) <= 1e-10
+
+
+def test_products_in_bfloat16_leave_loss_and_gradients_in_float32(shape) -> None:
+    model = model_of(shape, torch.float32)
+    batch = batch_of(12, 7)
+
+    def gradient() -> torch.Tensor:
+        parts = [p.grad for p in model.parameters()]
+        assert all(part.dtype == torch.float32 for part in parts)
+        return torch.cat([part.flatten() for part in parts])
+
+    exact, _ = PretrainTask(model).loss(batch)
+    exact.backward()
+    expected = gradient()
+    model.zero_grad()
+    loss, _ = PretrainTask(model, products=torch.bfloat16).loss(batch)
+    loss.backward()
+    assert loss.dtype == torch.float32 and 0 < relative_error(loss, exact) <= 2e-2
+    assert torch.cosine_similarity(gradient(), expected, dim=0) >= 0.98

@@ -151,6 +151,9 @@ def convert(
 
     The teacher is read and the student written as a stream, never whole in memory.
     """
+    from trihybrid.storage.read_ahead import read_ahead
+
+    read_ahead(Path(teacher))
     from trihybrid.recipe.convert import convert_folder
 
     section = None if plan_file is not None else _surgery(pattern, share_kv, overrides)

@@ -19,6 +19,7 @@ from trihybrid.distill.align import relative_distance
 from trihybrid.distill.graph import Graphed
 from trihybrid.distill.pair import Pair
 from trihybrid.distill.recompute import run_layer
+from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.decoder.model import Stream
 from trihybrid.ops.divergence import VOCABULARY_BLOCK, softcapped_divergence
 
@@ -102,9 +103,15 @@ class MatchTask:
     """`Matching` as the training loop wants it."""
 
     def __init__(self, module: Matching, graph: bool = False) -> None:
-        """`graph`: on a GPU, record loss and gradients once and replay them."""
+        """`graph`: on a GPU, record loss and gradients once and replay them.
+
+        Raises:
+            ValueError: `graph` on a GPU for a recurrence in more than half precision.
+        """
         self.module = module
         on_gpu = next(iter(module.pair.trained.values())).is_cuda
+        if graph and on_gpu:
+            check_recordable(module.pair.student)
         if graph and not on_gpu:
             logger.info("graph: without effect off the GPU")
         self.graphed = Graphed(module, list(module.pair.trained.values())) if graph and on_gpu else None
@@ -133,3 +140,14 @@ class MatchTask:
     def split(self, batch: Batch, parts: int) -> list[Batch]:
         """The batch as `parts` batches of equally many rows."""
         return batch.split(parts)
+
+
+def check_recordable(student: HybridForCausalLM) -> None:
+    """Raise a ValueError unless nothing in the student's step waits for the device. In more than half precision WKV-7
+    does: its PyTorch form looks at its decays first."""
+    recurs = any("rwkv7" in slot.mixers for slot in student.config.slot_list())
+    if recurs and student.dtype.itemsize > 2:
+        raise ValueError(
+            f"graph: true for a student in {student.dtype}, whose recurrence cannot be recorded; store the teacher in "
+            "bfloat16, or set graph to false"
+        )

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field
 from transformers import Gemma4TextConfig
@@ -17,6 +18,15 @@ class PretrainSection(TrainSection):
         description="fields of the Gemma-4 text configuration; the vocabulary is the tokenizer's"
     )
     chunk: int = Field(default=4096, ge=1, description="tokens whose logits exist at once")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="dtype of matrix products, and of the teacher that is written; what trains stays float32",
+    )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """`precision` as torch's dtype."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
     def configuration(self, vocabulary: int) -> Gemma4TextConfig:
         """The model's configuration.

@@ -5,6 +5,7 @@ Legend: B batch, T time, D model width, N = B T.
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from transformers import Gemma4ForCausalLM
 
@@ -13,10 +14,19 @@ from trihybrid.ops.divergence import softcapped_cross_entropy
 
 
 class PretrainTask:
-    """Mean cross-entropy in nats a token over the batch; tokens across a document border are not predicted."""
+    """Mean cross-entropy in nats a token over the batch; tokens across a document border are not predicted.
 
-    def __init__(self, model: Gemma4ForCausalLM, chunk: int = 4096) -> None:
+    Args:
+        model: what is trained.
+        chunk: tokens whose logits exist at once.
+        products: dtype of the layers' matrix products, by autocast, where it is not the model's own.
+    """
+
+    def __init__(
+        self, model: Gemma4ForCausalLM, chunk: int = 4096, products: torch.dtype | None = None
+    ) -> None:
         self.model, self.chunk = model, chunk
+        self.products = model.dtype if products is None else products
 
     @property
     def module(self) -> nn.Module:
@@ -39,9 +49,11 @@ class PretrainTask:
         return {name: role(name, parameter) for name, parameter in self.parameters().items()}
 
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        hidden_BTD = self.model.model(
-            input_ids=batch.inputs, position_ids=batch.positions, use_cache=False
-        ).last_hidden_state
+        narrow = self.products != self.model.dtype
+        with torch.autocast(batch.inputs.device.type, self.products, enabled=narrow):
+            hidden_BTD = self.model.model(
+                input_ids=batch.inputs, position_ids=batch.positions, use_cache=False
+            ).last_hidden_state
         loss = softcapped_cross_entropy(
             hidden_BTD.flatten(0, 1),
             self.model.lm_head.weight,

@@ -257,7 +257,8 @@ def _make_teacher(run: Run) -> str:
             torch.manual_seed(section.loop.seed)
             model = Gemma4ForCausalLM(section.configuration(run.data.tokenizer.vocab_size))
             model.to(run.workers.device)
-            run.train("teacher", "", stage_hash, PretrainTask(model, section.chunk), section)
+            run.train("teacher", "", stage_hash, PretrainTask(model, section.chunk, section.dtype), section)
+            model.to(section.dtype)
 
         def write(partial: Path) -> None:
             model.save_pretrained(partial)
