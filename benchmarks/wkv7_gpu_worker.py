@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 from triton.testing import do_bench
 
 from trihybrid.ops.wkv7 import wkv7
-from trihybrid.ops.wkv7.grouped import wkv7_grouped
+from trihybrid.ops.wkv7.triton import wkv7_triton, wkv7_triton_grouped
 from trihybrid.testing.wkv7_cases import (
     DECAY_FLOOR,
     answer,
@@ -42,6 +42,7 @@ CACHE = 256 * 2**20  # bytes that push everything out of a GPU's cache
 SECONDS, MOST, LEAST = 0.3, 50, 5  # of one measurement, and its repetitions
 DECODE_HEADS, GROUPS = 32, 4
 OURS = "triton"
+DEVICE = "cuda"
 
 tuned: dict[str, int] = {}
 """Kernel name -> configurations that its tuner tried."""
@@ -110,8 +111,6 @@ def compile_in_parallel(call: Callable[[], Any]) -> None:
 def operators(name: str) -> dict[str, Operator]:
     """What a worker compares, as (r, log_w, k, v, a, b, state, reset) -> (o, state)."""
     if name == "ours":
-        from trihybrid.ops.wkv7.triton import wkv7_triton
-
         return {OURS: wkv7_triton, "torch, chunked": functools.partial(wkv7, backend="chunked")}
     from fla.ops.rwkv7 import chunk_rwkv7
 
@@ -152,7 +151,7 @@ def median_ms(call: Callable[[], Any]) -> float:
     whole = time.perf_counter() - start
     repetitions = max(LEAST, min(MOST, int(SECONDS / whole)))
     group = max(1, min(repetitions, int(0.1 / host)))
-    cache = torch.empty(CACHE, dtype=torch.int8, device="cuda")
+    cache = torch.empty(CACHE, dtype=torch.int8, device=DEVICE)
     found: list[float] = []
     while len(found) < repetitions:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(group)]
@@ -186,7 +185,7 @@ def wall_ms(call: Callable[[], Any]) -> float:
 def measure_speed(name: str, modes: dict[str, Operator], shape: Sequence[int], only: str | None = None):
     """Forward and forward+backward of every mode, with peak memory, and the error of the last head's outputs."""
     batch, length, heads, width = shape
-    *tokens, _ = make_inputs("random", (batch, length, heads, width), 0, "cuda", torch.bfloat16)
+    *tokens, _ = make_inputs("random", (batch, length, heads, width), 0, DEVICE, torch.bfloat16)
     do, _ = make_weights((batch, length, heads, width), tokens[3])
     last = [x[-1:, :, -1:].double() for x in tokens]
     with torch.no_grad():
@@ -233,11 +232,11 @@ def reason(error: Exception) -> str:
 
 def measure_grouped(name: str, modes: dict[str, Operator], shape: Sequence[int]):
     """32 heads that share the keys and values of 4, in the dtypes of the rwkv7 mixer, against the same repeated."""
-    r, log_w, k, v, a, _, _ = make_inputs("random", tuple(shape), 0, "cuda", torch.bfloat16)
+    r, log_w, k, v, a, _, _ = make_inputs("random", tuple(shape), 0, DEVICE, torch.bfloat16)
     heads = shape[2]
-    generator = torch.Generator("cuda").manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     k, v, kk = (x[:, :, :GROUPS].contiguous() for x in (k, v, -a))
-    iclr = torch.rand(tuple(shape), generator=generator, device="cuda")
+    iclr = torch.rand(tuple(shape), generator=generator, device=DEVICE)
     given = [r, log_w.float(), k, v, kk.float(), iclr]
     leaves = [x.detach().requires_grad_() for x in given]
     do, _ = make_weights(tuple(shape), r)
@@ -246,10 +245,9 @@ def measure_grouped(name: str, modes: dict[str, Operator], shape: Sequence[int])
         r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, kk: Tensor, iclr: Tensor
     ) -> tuple[Tensor, Tensor]:
         k, v, kk = (x.repeat_interleave(heads // GROUPS, 2) for x in (k.float(), v, kk))
-        return wkv7(r, log_w, k * (1 - log_w.exp() + iclr), v, -kk, kk * iclr, backend="triton")
+        return wkv7_triton(r, log_w, k * (1 - log_w.exp() + iclr), v, -kk, kk * iclr)
 
-    shared = functools.partial(wkv7_grouped, backend="triton")
-    for mode, operator in {"shared": shared, "repeated": repeated}.items():
+    for mode, operator in {"shared": wkv7_triton_grouped, "repeated": repeated}.items():
 
         def forward(operator: Operator = operator) -> Tensor:
             with torch.no_grad():
@@ -281,7 +279,7 @@ def measure_copy(name: str, modes: dict[str, Operator], shape: Sequence[int]):
 
 def copy_ms(moved: int) -> float:
     """Milliseconds of a copy that reads and writes so many bytes in all."""
-    source = torch.empty(moved // 2, dtype=torch.int8, device="cuda")
+    source = torch.empty(moved // 2, dtype=torch.int8, device=DEVICE)
     target = torch.empty_like(source)
     return median_ms(lambda: target.copy_(source))
 
@@ -303,12 +301,12 @@ def measure_errors(
     for length in lengths:
         for width in widths:
             shape = (1, length, 2, width)
-            inputs = make_inputs(kind, shape, length, "cuda", torch.bfloat16)
+            inputs = make_inputs(kind, shape, length, DEVICE, torch.bfloat16)
             weights = make_weights(shape, inputs[3])
             for case in ("state", "no state", "documents"):
                 given, reset = inputs if case == "state" else [*inputs[:6], None], None
                 if case == "documents":
-                    reset = torch.rand(1, length, device="cuda") < 0.03
+                    reset = torch.rand(1, length, device=DEVICE) < 0.03
                     reset[0, 0] = True
                 expected = answer(given, reset, weights)
                 where = f"T={length} D={width} {case}"
@@ -334,10 +332,10 @@ def measure_errors(
 
 def measure_decode(name: str, modes: dict[str, Operator], batch: int, width: int):
     """One token of a batch with 32 heads, replayed as a graph over more states than the cache holds."""
-    *tokens, _ = make_inputs("random", (batch, 1, DECODE_HEADS, width), 0, "cuda", torch.bfloat16)
+    *tokens, _ = make_inputs("random", (batch, 1, DECODE_HEADS, width), 0, DEVICE, torch.bfloat16)
     shape = (batch, DECODE_HEADS, width, width)
     count = max(2, CACHE // (4 * math.prod(shape)))
-    states = [torch.zeros(shape, device="cuda") for _ in range(count)]
+    states = [torch.zeros(shape, device=DEVICE) for _ in range(count)]
     r, log_w, k, v, a, b = tokens
     calls: dict[str, Callable[[Tensor], Any]] = {}
     if name == "ours":

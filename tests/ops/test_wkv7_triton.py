@@ -87,9 +87,11 @@ class TestInterpreted:
     def test_widths(self, operator, width):
         check(operator, "random", make_inputs("random", (1, 35, 1, width)), None)
 
-    def test_a_state_in_parts(self, operator, monkeypatch):
-        """As it is held at a width of 128."""
-        monkeypatch.setattr("trihybrid.ops.wkv7.triton.state.PART", 16)
+    @pytest.mark.parametrize("many", [0, 1000])
+    def test_a_state_in_parts(self, operator, monkeypatch, many):
+        """As it is held at a width of 128, for few heads and for many."""
+        for name, value in {"PART": 16, "NARROW": 16, "WIDE": 32, "MANY": many}.items():
+            monkeypatch.setattr(f"trihybrid.ops.wkv7.triton.state.{name}", value)
         check(operator, "random", make_inputs("random", (1, 35, 1, 32)), None)
 
     @pytest.mark.parametrize("starts", [[0], [16, 32], [5, 6, 17, 31, 39], range(40)])
