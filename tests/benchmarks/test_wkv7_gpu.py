@@ -1,5 +1,5 @@
-"""Every part and measure of the GPU benchmark of WKV-7, rehearsed on a CPU: tiny shapes in Triton's interpreter, no GPU,
-and an exact stand-in for the peer."""
+"""Every part and measure of the GPU benchmark of WKV-7, rehearsed on a CPU: tiny shapes in Triton's interpreter, and
+exact stand-ins for the GPU's clocks and for the peer."""
 
 import contextlib
 import importlib.metadata

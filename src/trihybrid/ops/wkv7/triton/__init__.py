@@ -1,9 +1,9 @@
 """WKV-7 on the tensor cores of a GPU: chunks of 16 tokens, forward and backward, in six kernels.
 
 Forward: `prepare` (all chunks in parallel), then `state` (the serial chain, in parallel over heads and blocks of
-values). Backward: the largest gradient, `state` in reverse, `sums` (over values, all groups of 64 tokens in parallel, and
-scores, all chunks) and `gradient` (the rest). Kept from the forward are the inputs, U in two forms and what `prepare` found in float16 (six and
-a half times the size of v), and one state in float16 for every 64 tokens.
+values). Backward: the largest gradient, `state` in reverse, `sums` (over values, all groups of 64 tokens in parallel,
+and scores, all chunks) and `gradient` (the rest). Kept from the forward are the inputs, U in two forms and what
+`prepare` found in float16 (six and a half times the size of v), and one state in float16 for every 64 tokens.
 
 Keys and values may be shared by groups of heads: `wkv7_triton_grouped` reads them once a group, and makes a, b and the
 scaled keys inside of the kernels.
