@@ -202,7 +202,9 @@ class Rwkv7(Mixer):
         g_BTC = low_rank(z_BTD, self.g1, self.g2, torch.sigmoid)
         return r_BTHN, k_BTGN, v_BTGN, decay_BTC, iclr_BTC, g_BTC
 
-    def _grouped(self, x_BTD: Tensor, span: Span, shared: Shared) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _grouped(
+        self, x_BTD: Tensor, span: Span, shared: Shared
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
         """What `ops.wkv7.grouped` takes of a block of tokens, and the gate."""
         heads = (self.options.heads, self.options.head_dim)
         r_BTHN, k_BTGN, v_BTGN, decay_BTC, iclr_BTC, g_BTC = self._projected(x_BTD, span, shared)
@@ -346,13 +348,18 @@ def _unit(k: Tensor) -> Tensor:
     return k / (k.norm(dim=-1, keepdim=True) + 1e-12)
 
 
-def _without_padding(span: Span, *tokens: Tensor) -> tuple[Tensor, ...]:
+def _without_padding(
+    span: Span, log_w: Tensor, k: Tensor, v: Tensor, kk: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log W, keys, values and unit keys of the identity token in the place of padding: it neither decays the state nor
     writes to it."""
     if span.valid_BT is None:
-        return tokens
+        return log_w, k, v, kk
     valid_BT11 = span.valid_BT[:, :, None, None]
-    return tuple(torch.where(valid_BT11, t, torch.zeros((), dtype=t.dtype, device=t.device)) for t in tokens)
+    log_w, k, v, kk = (
+        torch.where(valid_BT11, t, torch.zeros((), dtype=t.dtype, device=t.device)) for t in (log_w, k, v, kk)
+    )
+    return log_w, k, v, kk
 
 
 def _residual(own_BTGN: Tensor, first_BTGN: Tensor, zero: Tensor, product: Tensor) -> Tensor:

@@ -227,7 +227,7 @@ def _walk(
         scale = power(tl.load(largest + lane))
     # The state in parts of its keys: the product that gives U, on which all waits, is a sum of shorter chains.
     parts: tl.constexpr = K // PART
-    h = ()
+    h = ()  # type: tuple
     for part in tl.static_range(parts):
         h_VK = tl.zeros((BLOCK_V, PART), tl.float32)
         if HAS_FIRST:
@@ -248,7 +248,7 @@ def _walk(
             x + column, x_stride_b, x_stride_t, x_stride_h, batch, head // repeats, start, C, BLOCK_V
         )
         x_VC = tl.load(at_x, mask=inside_1C, other=0.0)
-        loaded = ()
+        loaded = ()  # type: tuple
         for part in tl.static_range(parts):
             key = part * PART
             loaded = loaded + (  # noqa: RUF005, since the kernel language does not unpack
@@ -272,7 +272,7 @@ def _walk(
             u_VC += tl.dot(h[part].to(tl.float16), tl.trans(loaded[part][1]), nothing_VC)
             y_VC = tl.dot(h[part].to(tl.float16), tl.trans(loaded[part][2]), y_VC)
         u_VC = u_VC.to(tl.float16)
-        later = ()
+        later = ()  # type: tuple
         for part in tl.static_range(parts):
             gate_K, _, _, back_CK, write_CK = loaded[part]
             h_VK = tl.dot(x_VC, write_CK, h[part] * gate_K[None, :])
