@@ -318,6 +318,13 @@ class TestGpu:
         inputs[1][reset] = -60.0
         check(operator, kind, inputs, reset)
 
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_shared_keys(self, kind):
+        from trihybrid.ops.wkv7.triton import wkv7_triton_grouped
+
+        inputs = make_grouped(kind, (2, 333, 8, 128), 2, 0, "cuda", torch.bfloat16)
+        check_grouped(wkv7_triton_grouped, kind, inputs, borders(2, 333, [0, 1, 64, 300], "cuda"))
+
     @pytest.mark.parametrize("kind", ["random", "slow_decay", "repeated_keys", "constant_runs"])
     def test_as_long_as_it_gets(self, operator, kind):
         inputs = make_inputs(kind, (1, 131_072, 2, 128), 0, "cuda", torch.bfloat16)
