@@ -6,9 +6,9 @@ A small recipe (teacher, surgery, two stages, on text that every Python carries)
 of processes. Then it is started again, killed with SIGKILL at a moment drawn uniformly from the time that the
 undisturbed run took, and resumed, until it has been killed so many times; a run that finishes before its kill is
 compared, and a new one begun. With two processes every other kill takes one of them only, and torchrun has to end the
-rest. Compared are the bytes of all models, and of every step its loss, gradient norm and count of tokens; each step
-must stand in the log once. The exit code is 1 where anything differs. On a CPU only: a GPU's kernels need not be
-deterministic.
+rest; in the first stage the two share out the weights. Compared are the bytes of all models, and of every step its
+loss, gradient norm and count of tokens; each step must stand in the log once. The exit code is 1 where anything
+differs. On a CPU only: a GPU's kernels need not be deterministic.
 """
 
 import argparse
@@ -46,7 +46,7 @@ surgery:
   tica: {heads: 2, kv_heads: 1, head_dim: 8, gate_rank: 4}
   calibration_tokens: 256
 stages:
-  - {kind: align, loop: {steps: 30, batch_size: 4, sequence_length: 32, checkpoint_every: 3, seed: 2}}
+  - {kind: align, parallel: shard, loop: {steps: 30, batch_size: 4, sequence_length: 32, checkpoint_every: 3, seed: 2}}
   - {kind: match, loop: {steps: 30, batch_size: 4, sequence_length: 32, checkpoint_every: 3, seed: 3}}
 evaluation: {sequence_length: 64, batch_size: 4, validation_tokens: 400}
 samples: {prompts: ["The "], tokens: 8}

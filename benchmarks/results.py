@@ -34,6 +34,17 @@ COSTS = {
         "peak GiB": ("peak_gib", "{:.1f}"),
         "MFU": ("mfu", "{:.0%}"),
     },
+    "distill_two_gpus": {
+        "stage": ("stage", "{}"),
+        "form": ("form", "{}"),
+        "GPUs": ("gpus", "{}"),
+        "last loss": ("last", "{:.6f}"),
+        "largest difference": ("apart", "{:.1e}"),
+        "tok/s": ("tokens_per_second", "{:,.0f}"),
+        "ratio": ("ratio", "{:.2f}"),
+        "at rest GiB": ("rest_gib", "{:.2f}"),
+        "peak GiB": ("peak_gib", "{:.2f}"),
+    },
     "sliding_gradient": {
         "tokens": ("length", "{:,}"),
         "way": ("way", "{}"),

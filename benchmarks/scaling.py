@@ -2,10 +2,12 @@
 
     python benchmarks/scaling.py --trained PARAMETERS --tokens TOKENS --point 1:RATE --point 2:RATE [--gpus 1 2 4 8]
     python benchmarks/scaling.py --trained PARAMETERS --tokens TOKENS --run 1:RUN --run 2:RUN --stage matched
+        [--gathered BYTES]
 
-PARAMETERS are those that train, TOKENS those of one GPU in a step, RATE the tokens a second of all GPUs together; --run
-takes the median rate of a stage from a run's log, without its first 10 steps. The formula is in docs/scaling.md. The
-last table compares it with the points: with more than two, they check it.
+PARAMETERS are those that train, TOKENS those of one GPU in a step, RATE the tokens a second of all GPUs together; BYTES
+those of the weights that a step gathers where several GPUs share them out (`parallel: shard`); --run takes the median
+rate of a stage from a run's log, without its first 10 steps. The formula is in docs/scaling.md. The last table compares
+it with the points: with more than two, they check it.
 """
 
 import argparse
@@ -29,16 +31,20 @@ class Model:
     tokens: of one GPU in a step.
     trained: parameters whose gradients are exchanged.
     seconds_a_byte: that a step waits for each byte that a GPU sends; 0 where nothing is waited for.
+    gathered: bytes of weights that a step gathers, each as often as it does; 0 where every GPU holds all.
     """
 
     alone: float
     tokens: int
     trained: int
     seconds_a_byte: float
+    gathered: int = 0
 
     def bytes_sent(self, gpus: int) -> float:
-        """By each GPU in a step: a ring adds up float32 gradients."""
-        return 2 * (gpus - 1) / gpus * FLOAT32 * self.trained
+        """By each GPU in a step: a ring adds up float32 gradients, and hands the sums around; where weights are shared
+        out, it hands around these, as each GPU needs the sums of its own only."""
+        gradients = FLOAT32 * self.trained
+        return (gpus - 1) / gpus * (gradients + (self.gathered or gradients))
 
     def step_seconds(self, gpus: int) -> float:
         """Of a step in which each GPU has its own tokens."""
@@ -53,7 +59,7 @@ class Model:
         return budget / self.rate(gpus) * gpus / 3600
 
 
-def fit(points: dict[int, float], tokens: int, trained: int) -> Model:
+def fit(points: dict[int, float], tokens: int, trained: int, gathered: int = 0) -> Model:
     """Least squares of the waiting time over the bytes sent, through the measured rate of one GPU.
 
     ValueError without a point of one GPU, or for numbers that are not above 0.
@@ -62,12 +68,12 @@ def fit(points: dict[int, float], tokens: int, trained: int) -> Model:
         raise ValueError(
             f"points are {points}, tokens {tokens}, trained {trained}; give one point of 1 GPU, and numbers above 0"
         )
-    bare = Model(points[1], tokens, trained, 0.0)
+    bare = Model(points[1], tokens, trained, 0.0, gathered)
     sent = {gpus: bare.bytes_sent(gpus) for gpus in points if gpus > 1}
     waited = {gpus: gpus * tokens / points[gpus] - bare.step_seconds(gpus) for gpus in sent}
     squares = sum(size**2 for size in sent.values())
     slope = sum(sent[gpus] * waited[gpus] for gpus in sent) / squares if squares else 0.0
-    return Model(points[1], tokens, trained, max(0.0, slope))
+    return Model(points[1], tokens, trained, max(0.0, slope), gathered)
 
 
 def main() -> int:
@@ -77,6 +83,7 @@ def main() -> int:
     )
     parser.add_argument("--trained", type=int, required=True)
     parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--gathered", type=int, default=0, metavar="BYTES")
     parser.add_argument("--point", action="append", default=[], metavar="GPUS:RATE")
     parser.add_argument("--run", action="append", default=[], metavar="GPUS:FOLDER")
     parser.add_argument("--stage", default="matched")
@@ -88,7 +95,7 @@ def main() -> int:
         for count, folder in (run.split(":", 1) for run in given.run)
     }
     try:
-        model = fit(points, given.tokens, given.trained)
+        model = fit(points, given.tokens, given.trained, given.gathered)
     except ValueError as error:
         parser.error(str(error))
     budgets = "".join(f" | GPU-hours for {budget / 1e6:,.0f} M tokens" for budget in BUDGETS)

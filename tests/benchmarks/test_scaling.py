@@ -27,6 +27,15 @@ def test_points_of_the_formula_are_fitted_exactly(scaling: ModuleType) -> None:
     assert fitted.gpu_hours(8, 1e9) == pytest.approx(8e9 / true.rate(8) / 3600, rel=1e-9)
 
 
+def test_weights_that_are_shared_out_are_gathered_instead_of_gradients(scaling: ModuleType) -> None:
+    model = scaling.Model(20_000.0, 16_384, trained=100, seconds_a_byte=1e-10, gathered=1_000)
+    assert model.bytes_sent(4) == 0.75 * (1_000 + 400)
+    assert scaling.Model(20_000.0, 16_384, trained=100, seconds_a_byte=1e-10).bytes_sent(4) == 0.75 * 800
+    assert scaling.fit({n: model.rate(n) for n in (1, 2)}, 16_384, 100, 1_000).rate(8) == pytest.approx(
+        model.rate(8), rel=1e-9
+    )
+
+
 def test_without_waiting_the_rates_add_up(scaling: ModuleType) -> None:
     for points in ({1: 10.0}, {1: 10.0, 2: 20.0}, {1: 10.0, 2: 21.0}):
         model = scaling.fit(points, 100, 1000)

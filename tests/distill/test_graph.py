@@ -14,7 +14,7 @@ from trihybrid.data import Batch
 from trihybrid.distill.graph import Graphed
 from trihybrid.distill.match import Matching, MatchTask, check_recordable
 from trihybrid.distill.pair import Pair
-from trihybrid.distill.section import NEW_MIXERS
+from trihybrid.distill.section import NEW_MIXERS, MatchSection
 from trihybrid.testing import relative_error
 
 LENGTH = 80
@@ -115,3 +115,8 @@ def test_a_recording_is_what_it_records(make_teacher, make_student) -> None:
         assert relative_error(found, plain) <= 2e-2
         for parameter, gradient in zip(parameters, wanted, strict=True):
             assert torch.equal(parameter.grad, gradient)
+
+
+def test_a_graph_of_weights_that_come_and_go_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"graph: true with parallel 'shard'.*give parallel 'replicate', or"):
+        MatchSection.model_validate({"loop": {"steps": 1}, "graph": True, "parallel": "shard"})

@@ -1,4 +1,5 @@
-"""A conversion by two processes of torchrun is that of one; killed, it goes on with one, and no token is lost."""
+"""A conversion by two processes of torchrun, which share out the weights in stage 1, is that of one; killed, it goes on
+with one, and no token is lost."""
 
 import os
 import shutil
@@ -26,6 +27,7 @@ OVERRIDES = [
     "stages.0.loop.steps=4",
     "stages.0.loop.batch_size=4",
     "stages.0.loop.accumulate=2",
+    "stages.0.parallel=shard",
     "stages.1.loop.steps=24",
 ]
 SCRIPT = "import torch\n\ntorch.set_default_dtype(torch.float64)\nfrom trihybrid.cli import main\n\nmain()\n"
@@ -97,6 +99,10 @@ def test_two_ranks_give_the_losses_and_the_teacher_of_one(killed: Path, one_rank
     same_curve(rows, steps(one_rank)[: len(rows)])
     names = [record.stage for record in Lineage(killed / "lineage.json").records]
     assert names == ["teacher", "operated", "aligned"]
+    pieces = sorted(path.name for path in (killed / "checkpoints" / "aligned" / "step-000004").iterdir())
+    assert [name for name in pieces if name.startswith("parameters")] == [
+        f"parameters-{rank}-of-2.safetensors" for rank in range(2)
+    ]
     # The new mixers begin at zero, where AdamW's step is the sign of a gradient that may be noise.
     ours, wanted = (load_file(run / "teacher" / "model.safetensors") for run in (killed, one_rank))
     for key, tensor in wanted.items():

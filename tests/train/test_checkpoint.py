@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-import trihybrid.train.checkpoint as checkpoint_module
+import trihybrid.train.pieces as pieces_module
 from trihybrid.train import Checkpoints, OptimizerSection, Progress, build_optimizer
 
 
@@ -145,7 +145,7 @@ def test_interrupted_save_leaves_nothing(
     interruption: type[BaseException],
 ) -> None:
     checkpoints, path = saved(tiny, tmp_path)
-    write = checkpoint_module.save_file
+    write = pieces_module.save_file
     written = []
 
     def interrupted_write(tensors, filename):
@@ -154,7 +154,7 @@ def test_interrupted_save_leaves_nothing(
             raise interruption
         write(tensors, filename)
 
-    monkeypatch.setattr(checkpoint_module, "save_file", interrupted_write)
+    monkeypatch.setattr(pieces_module, "save_file", interrupted_write)
     task, optimizers = trained(tiny, steps=3)
     with pytest.raises(interruption):
         checkpoints.save(Progress(3), task.parameters(), optimizers)

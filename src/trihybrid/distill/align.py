@@ -17,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from trihybrid.data.packing import Batch
 from trihybrid.distill.pair import Pair
+from trihybrid.distill.task import LossTask
+from trihybrid.models.decoder.language_model import HybridForCausalLM
+from trihybrid.models.decoder.model import Stream
 
 
 class Alignment(nn.Module):
@@ -33,52 +36,54 @@ class Alignment(nn.Module):
                 "stage align: no slot holds rwkv7 or tica; leave the stage out, or convert a layer"
             )
         self.pair, self.checkpointing = pair, checkpointing
+        self.layers = pair.together()
+
+    @property
+    def student(self) -> HybridForCausalLM:
+        """Whose mixers train."""
+        return self.pair.student
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Its parameters that do."""
+        return self.pair.trained
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss over slots and the loss of each, for int64 tokens and positions [B, T]."""
         hidden_BTD, stream = self.pair.prepare(input_ids, position_ids)
         ours = stream.fork()
         losses: dict[str, Tensor] = {}
-        model = self.pair.student.model
-        for index in range(max(self.pair.converted) + 1):
-            record: dict[str, Tensor] | None = {} if index in self.pair.converted else None
-            hidden_BTD = self.pair.teacher_layer(index, hidden_BTD, stream, record)
-            if record is not None:
-                mix = model.layers[index].self_attn.mix
-                arguments = (record["input"], ours.span, ours.shared, None)
-                y_BTD = (
-                    checkpoint(mix, *arguments, use_reentrant=False)
-                    if self.checkpointing
-                    else mix(*arguments)
-                )
-                losses[f"alignment/{index}"] = relative_distance(
-                    model.received(index, y_BTD), model.received(index, record["output"])
-                )
+        for index, layer in enumerate(self.layers[: max(self.pair.converted) + 1]):
+            hidden_BTD, loss = layer(self._layer, index, hidden_BTD, stream, ours)
+            if loss is not None:
+                losses[f"alignment/{index}"] = loss
         return torch.stack(list(losses.values())).mean(), losses
 
+    def _layer(
+        self, index: int, hidden_BTD: Tensor, stream: Stream, ours: Stream
+    ) -> tuple[Tensor, Tensor | None]:
+        """The teacher's layer, and the loss of its slot if that is converted."""
+        if index not in self.pair.converted:
+            return self.pair.teacher_layer(index, hidden_BTD, stream), None
+        record: dict[str, Tensor] = {}
+        hidden_BTD = self.pair.teacher_layer(index, hidden_BTD, stream, record)
+        model = self.student.model
+        mix = model.layers[index].self_attn.mix
+        arguments = (record["input"], ours.span, ours.shared, None)
+        y_BTD = checkpoint(mix, *arguments, use_reentrant=False) if self.checkpointing else mix(*arguments)
+        loss = relative_distance(model.received(index, y_BTD), model.received(index, record["output"]))
+        return hidden_BTD, loss
 
-class AlignTask:
+
+class AlignTask(LossTask):
     """`Alignment` as the training loop wants it."""
 
     def __init__(self, pair: Pair, checkpointing: bool = False) -> None:
-        self.pair, self.module = pair, Alignment(pair, checkpointing)
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return self.pair.trained
-
-    def roles(self) -> dict[str, str]:
-        return self.pair.roles()
+        super().__init__(Alignment(pair, checkpointing))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         loss, losses = self.module(batch.inputs, batch.positions)
         return loss, {name: value.detach() for name, value in losses.items()}
-
-    def tokens(self, batch: Batch) -> int:
-        return batch.inputs.numel()
-
-    def split(self, batch: Batch, parts: int) -> list[Batch]:
-        """The batch as `parts` batches of equally many rows."""
-        return batch.split(parts)
 
 
 def relative_distance(x: Tensor, target: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from trihybrid.data.packing import IGNORED, Batch
 from trihybrid.distill.fuse import fuse
 from trihybrid.distill.recompute import run_layer
-from trihybrid.distill.trained import roles_of, select
+from trihybrid.distill.task import LossTask
+from trihybrid.distill.together import Together
+from trihybrid.distill.trained import select
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.decoder.sliding import linear_sliding
 from trihybrid.ops.divergence import VOCABULARY_BLOCK, softcapped_cross_entropy
@@ -48,14 +50,15 @@ class Extension(nn.Module):
         self.student, self.chunk, self.block = student, chunk, block
         self.trained = select(student, train)
         self.recomputed = len(student.model.layers) - kept_layers if checkpointing else 0
+        self.layers = nn.ModuleList(map(Together, student.model.layers))
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean cross-entropy in nats for int64 tokens and positions [B, T] and their next tokens, -100 where none is
         to be predicted."""
         model = self.student.model
         hidden_BTD, stream = model.prepare(input_ids, position_ids=position_ids)
-        for index in range(len(model.layers)):
-            hidden_BTD = run_layer(model, index, hidden_BTD, stream, recompute=index < self.recomputed)
+        for index, layer in enumerate(self.layers):
+            hidden_BTD = layer(run_layer, model, index, hidden_BTD, stream, index < self.recomputed)
         return softcapped_cross_entropy(
             model.norm(hidden_BTD).flatten(0, 1),
             self.student.lm_head.weight,
@@ -66,27 +69,11 @@ class Extension(nn.Module):
         )
 
 
-class ExtendTask:
+class ExtendTask(LossTask):
     """`Extension` as the training loop wants it."""
-
-    def __init__(self, module: Extension) -> None:
-        self.module = module
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return self.module.trained
-
-    def roles(self) -> dict[str, str]:
-        return roles_of(self.module.student, self.module.trained)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         return self.module(batch.inputs, batch.positions, batch.targets), {}
-
-    def tokens(self, batch: Batch) -> int:
-        return batch.inputs.numel()
-
-    def split(self, batch: Batch, parts: int) -> list[Batch]:
-        """The batch as `parts` batches of equally many rows."""
-        return batch.split(parts)
 
     def weight(self, batch: Batch) -> float:
         """The number of its targets: rows with more documents have fewer."""

@@ -19,6 +19,7 @@ from trihybrid.distill.align import relative_distance
 from trihybrid.distill.graph import Graphed
 from trihybrid.distill.pair import Pair
 from trihybrid.distill.recompute import run_layer
+from trihybrid.distill.task import LossTask
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.decoder.model import Stream
 from trihybrid.ops.divergence import VOCABULARY_BLOCK, softcapped_divergence
@@ -57,6 +58,17 @@ class Matching(nn.Module):
         self.pair, self.temperature, self.alignment_weight = pair, temperature, alignment_weight
         self.allowed_V, self.chunk, self.block, self.top_k = allowed_V, chunk, block, top_k
         self.recomputed = len(pair.student.model.layers) - kept_layers if checkpointing else 0
+        self.layers = pair.together()
+
+    @property
+    def student(self) -> HybridForCausalLM:
+        """What trains."""
+        return self.pair.student
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Its parameters that do."""
+        return self.pair.trained
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and its parts (kl, hidden, agreement, the distance after each layer) for int64 tokens and positions
@@ -72,15 +84,15 @@ class Matching(nn.Module):
         pair, model = self.pair, self.pair.student.model
         first = pair.first_difference
         for index in range(first):
-            teacher_BTD = pair.teacher_layer(index, teacher_BTD, stream)
+            teacher_BTD = self.layers[index](pair.teacher_layer, index, teacher_BTD, stream)
         # Keys and values that layers below have shared are the same for both streams.
         ours = stream.fork(below=True)
         student_BTD = teacher_BTD
         distances: dict[str, Tensor] = {}
         for index in range(first, len(model.layers)):
-            teacher_BTD = pair.teacher_layer(index, teacher_BTD, stream)
-            student_BTD = run_layer(model, index, student_BTD, ours, recompute=index < self.recomputed)
-            distances[f"hidden/{index}"] = relative_distance(student_BTD, teacher_BTD)
+            teacher_BTD, student_BTD, distances[f"hidden/{index}"] = self.layers[index](
+                self._both, index, teacher_BTD, student_BTD, stream, ours
+            )
         with torch.no_grad():
             teacher_BTD = model.norm(teacher_BTD)
         divergence = softcapped_divergence(
@@ -98,8 +110,17 @@ class Matching(nn.Module):
         parts = {"kl": divergence.kl, "hidden": hidden, "agreement": divergence.agreement, **distances}
         return divergence.kl + self.alignment_weight * hidden, parts
 
+    def _both(
+        self, index: int, teacher_BTD: Tensor, student_BTD: Tensor, stream: Stream, ours: Stream
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A layer of both streams, and their distance after it."""
+        teacher_BTD = self.pair.teacher_layer(index, teacher_BTD, stream)
+        recompute = index < self.recomputed
+        student_BTD = run_layer(self.student.model, index, student_BTD, ours, recompute)
+        return teacher_BTD, student_BTD, relative_distance(student_BTD, teacher_BTD)
 
-class MatchTask:
+
+class MatchTask(LossTask):
     """`Matching` as the training loop wants it."""
 
     def __init__(self, module: Matching, graph: bool = False) -> None:
@@ -108,19 +129,13 @@ class MatchTask:
         Raises:
             ValueError: `graph` on a GPU for a recurrence in more than half precision.
         """
-        self.module = module
+        super().__init__(module)
         on_gpu = next(iter(module.pair.trained.values())).is_cuda
         if graph and on_gpu:
             check_recordable(module.pair.student)
         if graph and not on_gpu:
             logger.info("graph: without effect off the GPU")
         self.graphed = Graphed(module, list(module.pair.trained.values())) if graph and on_gpu else None
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return self.module.pair.trained
-
-    def roles(self) -> dict[str, str]:
-        return self.module.pair.roles()
 
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         loss, parts = self.module(batch.inputs, batch.positions)
@@ -130,16 +145,7 @@ class MatchTask:
         """Add `share` times the gradient of the batch's loss to the parameters' gradients; what `loss` returns."""
         if self.graphed is not None:
             return self.graphed(batch.inputs, batch.positions, share)
-        loss, parts = self.loss(batch)
-        (loss if share == 1 else share * loss).backward()
-        return loss.detach(), parts
-
-    def tokens(self, batch: Batch) -> int:
-        return batch.inputs.numel()
-
-    def split(self, batch: Batch, parts: int) -> list[Batch]:
-        """The batch as `parts` batches of equally many rows."""
-        return batch.split(parts)
+        return super().differentiate(batch, share)
 
 
 def check_recordable(student: HybridForCausalLM) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trihybrid.distill.fuse import fuse
+from trihybrid.distill.together import Together
 from trihybrid.distill.trained import roles_of, select
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.decoder.model import Stream
@@ -96,6 +97,14 @@ class Pair(nn.Module):
         model = self.student.model
         layer = dict(self.teacher_layers.items()).get(str(index), model.layers[index])
         return model.layer(index, hidden_BTD, stream, layer, record)
+
+    def together(self) -> nn.ModuleList:
+        """The layers as units that hold the weights of both streams."""
+        layers = self.student.model.layers
+        own = dict(self.teacher_layers.items())
+        return nn.ModuleList(
+            Together(layer, *filter(None, [own.get(str(index))])) for index, layer in enumerate(layers)
+        )
 
     @property
     def first_difference(self) -> int:

@@ -10,24 +10,31 @@ from trihybrid.train.section import TrainSection
 NEW_MIXERS = ["model.layers.*.self_attn.rwkv7.*", "model.layers.*.self_attn.tica.*"]
 
 
-class AlignSection(TrainSection):
-    """Stage 1: every converted slot learns the teacher's attention output from the teacher's own hidden states."""
+class StageSection(TrainSection):
+    """What all stages share."""
 
-    kind: Literal["align"] = Field(default="align", description="stage 1, hidden alignment")
     train: list[str] = Field(
         default_factory=lambda: list(NEW_MIXERS), description="names of parameters to train, with *"
     )
+    parallel: Literal["replicate", "shard"] = Field(
+        default="replicate",
+        description="under torchrun, what each process holds: replicate, all weights; shard, its rows of them (FSDP2), "
+        "less memory and more traffic",
+    )
+
+
+class AlignSection(StageSection):
+    """Stage 1: every converted slot learns the teacher's attention output from the teacher's own hidden states."""
+
+    kind: Literal["align"] = Field(default="align", description="stage 1, hidden alignment")
     checkpointing: bool = Field(
         default=False, description="recompute the student's mixers in the backward pass to save memory"
     )
 
 
-class VocabularySection(TrainSection):
+class VocabularySection(StageSection):
     """What stages share that run the whole student up to its logits."""
 
-    train: list[str] = Field(
-        default_factory=lambda: list(NEW_MIXERS), description="names of parameters to train, with *"
-    )
     chunk: int = Field(default=1024, ge=1, description="tokens whose logits exist at once")
     block: int = Field(
         default=VOCABULARY_BLOCK,
@@ -84,6 +91,11 @@ class MatchSection(VocabularySection):
             raise ValueError(
                 "graph: true with vocabulary 'training', whose tokens are checked in every step; give vocabulary "
                 "'all', maybe with top_k, or no graph"
+            )
+        if self.graph and self.parallel == "shard":
+            raise ValueError(
+                "graph: true with parallel 'shard', whose weights come and go in every step; give parallel "
+                "'replicate', or no graph"
             )
         return self
 

@@ -50,6 +50,12 @@ def roles_of(student: HybridForCausalLM, trained: Mapping[str, nn.Parameter]) ->
     return {name: roles.get(name, "matrix" if p.dim() == 2 else "vector") for name, p in trained.items()}
 
 
+def set_parameters(student: HybridForCausalLM, tensors: Mapping[str, Tensor]) -> None:
+    """Give a student these parameters, in their own dtypes."""
+    for name, tensor in tensors.items():
+        student.get_parameter(name).data = tensor
+
+
 def _cast_in_forward(student: nn.Module, name: str) -> bool:
     """Let transformers' own projection or norm that holds the parameter `name` cast its master weight, as our mixers
     do; whether what holds it does."""

@@ -24,9 +24,9 @@ class PretrainSection(TrainSection):
     )
 
     @property
-    def dtype(self) -> torch.dtype:
-        """`precision` as torch's dtype."""
-        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+    def dtype(self) -> torch.dtype | None:
+        """`precision` as torch's dtype; None for that of the parameters."""
+        return torch.bfloat16 if self.precision == "bfloat16" else None
 
     def configuration(self, vocabulary: int) -> Gemma4TextConfig:
         """The model's configuration.

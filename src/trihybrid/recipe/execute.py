@@ -4,6 +4,8 @@ A phase that the lineage already holds is checked and skipped, so a run that was
 Under torchrun all processes train, and the first of them does the rest: it alone writes models, lineage and log.
 """
 
+import gc
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -23,6 +25,8 @@ from trihybrid.distill.extend import ExtendTask, Extension
 from trihybrid.distill.match import Matching, MatchTask
 from trihybrid.distill.pair import Pair
 from trihybrid.distill.section import AlignSection, ExtendSection, MatchSection
+from trihybrid.distill.task import LossTask
+from trihybrid.distill.trained import set_parameters
 from trihybrid.models.checkpoint import load_student, load_teacher
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.shapes import TeacherConfig
@@ -39,6 +43,8 @@ from trihybrid.surgery.layout import window_of
 from trihybrid.surgery.operate import operate, read_plan, save_student
 from trihybrid.surgery.plan import make_plan
 from trihybrid.train import Checkpoints, Task, TrainSection, Workers, check_division, fit
+
+_logger = logging.getLogger(__name__)
 
 CALIBRATION_LENGTH = 256
 
@@ -258,7 +264,8 @@ def _make_teacher(run: Run) -> str:
             model = Gemma4ForCausalLM(section.configuration(run.data.tokenizer.vocab_size))
             model.to(run.workers.device)
             run.train("teacher", "", stage_hash, PretrainTask(model, section.chunk, section.dtype), section)
-            model.to(section.dtype)
+            if section.dtype is not None:
+                model.to(section.dtype)
 
         def write(partial: Path) -> None:
             model.save_pretrained(partial)
@@ -304,19 +311,41 @@ def _distil(run: Run, stage: Stage, before: str, parent: str) -> str:
 
     def make(stage_hash: str) -> None:
         student = load_student(run.directory.model(before))
-        run.train(name, parent, stage_hash, _task(run, stage, student), stage)
+        task = _task(run, stage, student)
+        run.train(name, parent, stage_hash, task, stage)
+        trained = task.whole_parameters()
         if run.workers.first:
+            if task.rows():
+                # What is shared out is whole no more; what did not train is as it was.
+                student = load_student(run.directory.model(before))
+                set_parameters(student, trained)
             plan = read_plan(run.directory.model(before))
             save_student(student, plan, run.directory.model(name), run.data.tokenizer.save)
+        if task.rows():
+            # FSDP's hooks and modules hold each other, and the next stage wants their memory.
+            del task
+            gc.collect()
 
     return run.phase(name, parent, stage.model_dump(mode="json"), make)
 
 
-def _task(run: Run, stage: Stage, student: HybridForCausalLM) -> Task:
+def _task(run: Run, stage: Stage, student: HybridForCausalLM) -> LossTask:
+    workers = run.workers
+    shard = stage.parallel == "shard" and workers.count > 1
+    # Weights that will be shared out go to the device in parts.
+    task = _whole_task(run, stage, student, torch.device("cpu") if shard else workers.device)
+    if shard:
+        task.shard(workers)
+    elif stage.parallel == "shard":
+        _logger.info("parallel: one process holds all weights, there is nobody to share them with")
+    return task
+
+
+def _whole_task(run: Run, stage: Stage, student: HybridForCausalLM, device: torch.device) -> LossTask:
     if isinstance(stage, ExtendSection) and stage.loss == "cross_entropy":
         sizes = (stage.chunk, stage.block, stage.checkpointing, stage.kept_layers)
-        return ExtendTask(Extension(student, stage.train, *sizes).to(run.workers.device))
-    pair = Pair(student, load_teacher(run.directory.model("teacher")), stage.train).to(run.workers.device)
+        return ExtendTask(Extension(student, stage.train, *sizes).to(device))
+    pair = Pair(student, load_teacher(run.directory.model("teacher")), stage.train).to(device)
     if isinstance(stage, AlignSection):
         return AlignTask(pair, stage.checkpointing)
     if isinstance(stage, ExtendSection):

@@ -5,6 +5,7 @@ from trihybrid.train.checkpoint import Checkpoints, Progress
 from trihybrid.train.distributed import ALONE, Workers, process_group
 from trihybrid.train.loop import FitSummary, check_division, fit
 from trihybrid.train.optim import DEFAULT_MULTIPLIERS, ROLES, Optimizers, build_optimizer
+from trihybrid.train.rows import Rows
 from trihybrid.train.schedule import factor
 from trihybrid.train.section import (
     AverageSection,
@@ -15,7 +16,7 @@ from trihybrid.train.section import (
     ScheduleSection,
     TrainSection,
 )
-from trihybrid.train.task import FollowsProgress, HasModule, SplitsBatches, Task, Weighs
+from trihybrid.train.task import FollowsProgress, HasModule, Shards, SplitsBatches, Task, Weighs
 
 __all__ = [
     "ALONE",
@@ -33,7 +34,9 @@ __all__ = [
     "Optimizers",
     "Progress",
     "Role",
+    "Rows",
     "ScheduleSection",
+    "Shards",
     "SplitsBatches",
     "Task",
     "TrainSection",

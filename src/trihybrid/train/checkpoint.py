@@ -8,7 +8,8 @@
         checkpoint.json                step, stage hash, parent hash, progress; size and sha256 of each file
 
 A checkpoint is written under a temporary name, made durable, and then renamed: a kill leaves it there or not
-there. Only safetensors and JSON are read.
+there. Only safetensors and JSON are read. Where several workers hold rows of the tensors, each writes a file of its
+own (see `pieces`), and the first renames when all are durable; any number of workers can go on from there.
 """
 
 import json
@@ -18,17 +19,19 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trihybrid.run.directory import sync_folder, write_json
-from trihybrid.run.lineage import hash_file
 from trihybrid.train.average import Average
+from trihybrid.train.distributed import ALONE, Workers
 from trihybrid.train.optim import Optimizers
+from trihybrid.train.pieces import Places, described, piece_name, place, read_pieces, write_piece
+from trihybrid.train.rows import NO_ROWS, Rows
 
 _logger = logging.getLogger(__name__)
 
@@ -56,6 +59,16 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     finished: bool = False
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What checkpoint.json says: progress, files, how many workers wrote, and which tensors of each part are cut."""
+
+    progress: Progress
+    files: dict[str, dict[str, Any]]
+    workers: int
+    places: dict[str, Places]
 
 
 class Checkpoints:
@@ -101,8 +114,15 @@ class Checkpoints:
         parameters: Mapping[str, nn.Parameter],
         optimizers: Optimizers,
         average: Average | None = None,
+        rows: Mapping[str, Rows] = NO_ROWS,
+        workers: Workers = ALONE,
     ) -> Path:
         """Write a checkpoint and return its folder.
+
+        Args:
+            progress, parameters, optimizers, average: what is saved.
+            rows: parameter name -> its rows, where each worker holds some of them.
+            workers: those who save together, each its rows; one that saves whole tensors saves alone.
 
         Raises:
             ValueError: there is one of this step already.
@@ -113,8 +133,10 @@ class Checkpoints:
                 f"checkpoint: {target} exists already; resume from it, or start a new run directory"
             )
         temporary = self.folder / f"{_TEMPORARY}{target.name}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        if workers.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        workers.wait()
         try:
             contents: dict[str, Mapping[str, Tensor]] = {
                 "parameters": dict(parameters),
@@ -123,27 +145,32 @@ class Checkpoints:
             }
             if average is not None:
                 contents["average"] = average.state_tensors()
-            files = {}
-            for part in contents:
-                path = temporary / f"{part}.safetensors"
-                save_file(
-                    {name: tensor.detach().contiguous() for name, tensor in contents[part].items()}, path
-                )
-                _sync_file(path)
-                files[path.name] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-            manifest = {
-                "version": _VERSION,
-                "stage": self.stage_hash,
-                "parent": self.parent_hash,
-                "progress": asdict(progress),
-                "files": files,
-            }
-            write_json(temporary / _MANIFEST, manifest)
-            os.rename(temporary, target)
+            places: dict[str, Places] = {}
+            for part, tensors in contents.items():
+                cut = _rows_of(part, tensors, rows)
+                places[part] = {name: place(found) for name, found in cut.items()}
+                own = {name: tensor for name, tensor in tensors.items() if workers.first or name in cut}
+                write_piece(temporary / piece_name(part, workers.rank, workers.count), own)
+            workers.wait()
+            if workers.first:
+                manifest = {
+                    "version": _VERSION,
+                    "stage": self.stage_hash,
+                    "parent": self.parent_hash,
+                    "progress": asdict(progress),
+                    "workers": workers.count,
+                    "rows": places,
+                    "files": {path.name: described(path) for path in sorted(temporary.iterdir())},
+                }
+                write_json(temporary / _MANIFEST, manifest)
+                os.rename(temporary, target)
+                sync_folder(self.folder)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            # The others may be writing there still; the first notices when one of them is gone.
+            if workers.first:
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
-        sync_folder(self.folder)
+        workers.wait()
         return target
 
     def prune(self, keep: int) -> None:
@@ -163,16 +190,25 @@ class Checkpoints:
         parameters: Mapping[str, nn.Parameter],
         optimizers: Optimizers,
         average: Average | None = None,
+        rows: Mapping[str, Rows] = NO_ROWS,
     ) -> Progress:
         """Restore parameters (in place), optimizers, the average and torch's generators from a checkpoint, to the bit.
+
+        Args:
+            path: the checkpoint, of any number of workers.
+            parameters, optimizers, average: what is restored.
+            rows: parameter name -> its rows, where this worker holds some of them only.
 
         Raises:
             ValueError: it is of another stage or parent, damaged, or does not fit these parameters;
                 everything except the generators is checked before anything is changed.
         """
-        files, progress = self._manifest(path)
-        parts = _PARTS if average is None else (*_PARTS, "average")
-        contents = {part: _read(path / f"{part}.safetensors", files) for part in parts}
+        manifest = self._manifest(path)
+        contents = {}
+        for part in _PARTS if average is None else (*_PARTS, "average"):
+            places = manifest.places.get(part, {})
+            wanted = partial(_wanted, part, rows)
+            contents[part] = read_pieces(path, part, manifest.files, manifest.workers, places, wanted)
         saved = contents["parameters"]
         _check_parameters(path, saved, parameters)
         if average is not None:
@@ -184,13 +220,16 @@ class Checkpoints:
         if average is not None:
             average.load_state_tensors(contents["average"])
         restore_random_state(contents["random"])
-        return progress
+        return manifest.progress
 
-    def _manifest(self, path: Path) -> tuple[dict[str, dict[str, Any]], Progress]:
+    def _manifest(self, path: Path) -> _Manifest:
         try:
             manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
             version, stage, parent = manifest["version"], manifest["stage"], manifest["parent"]
-            files, progress = manifest["files"], Progress(**manifest["progress"])
+            progress = Progress(**manifest["progress"])
+            found = _Manifest(
+                progress, manifest["files"], int(manifest.get("workers", 1)), manifest.get("rows", {})
+            )
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"checkpoint {path}: {_MANIFEST} is damaged ({error!r}); "
@@ -213,20 +252,24 @@ class Checkpoints:
                 f"{parent}; "
                 "start a new run directory or restore the parent model"
             )
-        return files, progress
+        return found
 
 
-def _read(path: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    cure = "delete this checkpoint's folder to go on from the one before it"
-    if path.name not in files or not path.is_file():
-        raise ValueError(f"{path}: missing; {cure}")
-    wanted_size, size = files[path.name]["bytes"], path.stat().st_size
-    if size != wanted_size:
-        raise ValueError(f"{path}: truncated or changed: wanted {wanted_size} bytes, found {size}; {cure}")
-    wanted_hash, found_hash = files[path.name]["sha256"], hash_file(path)
-    if found_hash != wanted_hash:
-        raise ValueError(f"{path}: damaged: wanted sha256 {wanted_hash}, found {found_hash}; {cure}")
-    return load_file(path)
+def _owner(part: str, name: str) -> str:
+    """The parameter that a tensor of a part belongs to."""
+    if part == "optimizer":
+        return name.rpartition(".")[0]
+    return name.removeprefix("average.") if part == "average" else name
+
+
+def _wanted(part: str, rows: Mapping[str, Rows], name: str) -> Rows | None:
+    return rows.get(_owner(part, name))
+
+
+def _rows_of(part: str, tensors: Mapping[str, Tensor], rows: Mapping[str, Rows]) -> dict[str, Rows]:
+    """The rows of those tensors that are cut as their parameters are; counters are not."""
+    owners = {name: _owner(part, name) for name, tensor in tensors.items() if tensor.dim()}
+    return {name: rows[owner] for name, owner in owners.items() if owner in rows}
 
 
 def _check_parameters(
@@ -268,8 +311,3 @@ def restore_random_state(state: Mapping[str, Tensor]) -> None:
         )
     for device in range(min(saved, devices)):
         torch.cuda.set_rng_state(state[f"cuda.{device}"], device)
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

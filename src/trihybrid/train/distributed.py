@@ -71,8 +71,16 @@ class Workers:
         if self.count == 1:
             return share_N
         whole = share_N.new_empty(self.count * share_N.shape[0], *share_N.shape[1:])
-        dist.all_gather_into_tensor(whole, share_N.contiguous())
+        # Its name since torch 2.13, and the one before.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(whole, share_N.contiguous())
         return whole
+
+    def exchange(self, parts: Tensor) -> Tensor:
+        """[count, ...], a part for each worker, in their order: what each of them has for this one."""
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received, parts.contiguous())
+        return received
 
     def total(self, value: float) -> float:
         """The sum over the workers of a number on the CPU; the GPU is not waited for."""

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from trihybrid.train.distributed import ALONE, Workers
+
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -19,6 +21,7 @@ class GradientNorms:
 
     Args:
         parameters: name -> parameter; those without a gradient are passed over.
+        workers: those who hold rows of every parameter each; a worker with whole ones counts them alone.
 
     Attributes:
         names: the parameters that have a gradient.
@@ -26,13 +29,17 @@ class GradientNorms:
         total: the norm of all together, a scalar.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], workers: Workers = ALONE) -> None:
         self._parameters = list(parameters.values())
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         self.names = list(gradients)
         if gradients:
             norms = torch._foreach_norm(list(gradients.values()))
             self.each_P = torch.stack([norm.to(norms[0].device) for norm in norms])
+            if workers.count > 1:
+                square_P = self.each_P.double().square()
+                workers.average([square_P])
+                self.each_P = (square_P * workers.count).sqrt().to(self.each_P.dtype)
         else:
             self.each_P = torch.zeros(0)
         self.total = torch.linalg.vector_norm(self.each_P)

@@ -8,6 +8,7 @@ makes the clock decide.
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,10 @@ from trihybrid.train.average import Average
 from trihybrid.train.checkpoint import Checkpoints, Progress
 from trihybrid.train.distributed import ALONE, Workers
 from trihybrid.train.optim import Optimizers, build_optimizer
+from trihybrid.train.rows import NO_ROWS, Rows
 from trihybrid.train.section import LoopSection, TrainSection
 from trihybrid.train.stage import Stage
-from trihybrid.train.task import FollowsProgress, SplitsBatches, Task
+from trihybrid.train.task import FollowsProgress, Shards, SplitsBatches, Task
 
 _logger = logging.getLogger(__name__)
 
@@ -86,9 +88,11 @@ def fit(
     loop = section.loop
     _check_parts(task, section, workers)
     parameters = task.parameters()
-    optimizers = build_optimizer(parameters, task.roles(), section.optimizer, workers)
+    rows = task.rows() if isinstance(task, Shards) else NO_ROWS
+    assert not rows or rows.keys() == parameters.keys()
+    optimizers = build_optimizer(parameters, task.roles(), section.optimizer, workers, rows)
     average = None if section.average is None else Average(parameters, section.average)
-    progress = _begin(parameters, optimizers, average, checkpoints, loop.seed, resume, workers)
+    progress = _begin(parameters, rows, optimizers, average, checkpoints, loop.seed, resume, workers)
     if progress.step > loop.steps:
         raise ValueError(
             f"steps: {loop.steps}, but the newest checkpoint has {progress.step} steps done; "
@@ -101,7 +105,7 @@ def fit(
         if progress.step > 0:
             log.event("resume", {"from_step": progress.step})
     if not progress.finished and progress.step < loop.steps:
-        stage = Stage(task, batches, section, parameters, optimizers, average, workers, name_batch)
+        stage = Stage(task, batches, section, parameters, rows, optimizers, average, workers, name_batch)
         progress = stage.run(progress, checkpoints, log)
     if isinstance(task, FollowsProgress):
         task.at(1.0, progress.step)
@@ -140,6 +144,7 @@ def _check_parts(task: Task, section: TrainSection, workers: Workers) -> None:
 
 def _begin(
     parameters: Mapping[str, nn.Parameter],
+    rows: Mapping[str, Rows],
     optimizers: Optimizers,
     average: Average | None,
     checkpoints: Checkpoints,
@@ -152,13 +157,14 @@ def _begin(
         raise ValueError(f"resume is off, but {latest} exists; resume, or start a new run directory")
     progress = Progress()
     if latest is not None:
-        progress = checkpoints.load(latest, parameters, optimizers, average)
+        progress = checkpoints.load(latest, parameters, optimizers, average, rows)
         _logger.info("resumed from %s: %d steps done", latest, progress.step)
     else:
         if resume:
             _logger.info("nothing to resume in %s: starting at step 0", checkpoints.folder)
         torch.manual_seed(seed)
-    sizes = (len(parameters), sum(parameter.numel() for parameter in parameters.values()))
+    shapes = [rows[name].whole if name in rows else parameter.shape for name, parameter in parameters.items()]
+    sizes = (len(shapes), sum(math.prod(shape) for shape in shapes))
     if workers.differ([progress.step, *sizes]):
         raise ValueError(
             f"workers: worker {workers.rank} has {progress.step} steps done, {sizes[0]} tensors and {sizes[1]} "
@@ -167,6 +173,7 @@ def _begin(
     # Only now has every worker read what it resumes from.
     if workers.first:
         checkpoints.clean()
-    workers.broadcast([parameter.detach() for parameter in parameters.values()])
+    if not rows:
+        workers.broadcast([parameter.detach() for parameter in parameters.values()])
     workers.share_generators()
     return progress

@@ -3,7 +3,8 @@
 Keller Jordan, 2024: Nesterov momentum, then the nearest matrix with orthonormal rows (or columns), by steps of
 X <- a X + (b A + c A A) X with A = X X^T. torch.optim.Muon does this matrix by matrix in bfloat16, which on a CPU costs
 as much as a third of a small model's step; here every shape is one batch, in float32 on a CPU and bfloat16 on a GPU.
-Several workers share a batch: each iterates on its part, then all have all of it.
+Several workers share a batch: each iterates on its part, then all have all of it. Where they hold rows of the matrices,
+they first give each other theirs, since an iteration needs whole ones.
 
 The momentum is a sum, m <- mu m + g, and the update g + mu m, as in Keller Jordan's. torch's running mean,
 m <- mu m + (1 - mu) g, is 1 - mu times that, which the iteration's normalisation takes out again, but only while mu
@@ -12,13 +13,14 @@ stays: where mu is warmed up, the mean holds on to the gradients of its smaller 
 Legend: N matrices, R rows, C columns (R <= C inside the iteration).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from trihybrid.train.distributed import ALONE, Workers
+from trihybrid.train.rows import Rows
 
 Coefficients = Literal["quintic", "polar"]
 Scale = Literal["rms", "shape"]
@@ -52,7 +54,8 @@ class Muon(torch.optim.Optimizer):
         scale: "rms" or "shape".
         normalise_rows: divide each row of the update by its norm before the iteration (MuonEq-R, arXiv 2603.28254).
         compile: torch.compile the iteration; once for each shape, at its first step.
-        workers: those who share the iterations; all must hold the same parameters, gradients and state.
+        workers: those who share the iterations; all must hold the same parameters, gradients and state, or
+        rows: the rows of each parameter that this one holds.
     """
 
     def __init__(
@@ -67,13 +70,14 @@ class Muon(torch.optim.Optimizer):
         normalise_rows: bool = False,
         compile: bool = False,
         workers: Workers = ALONE,
+        rows: Mapping[Tensor, Rows] | None = None,
     ) -> None:
         super().__init__(
             params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "steps": steps}
         )
         self._coefficients, self._scale, self._normalise_rows = coefficients, scale, normalise_rows
         self._orthogonalise = torch.compile(orthogonalise, dynamic=False) if compile else orthogonalise
-        self._workers = workers
+        self._workers, self._rows = workers, rows or {}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -84,14 +88,19 @@ class Muon(torch.optim.Optimizer):
         """Update every parameter that has a gradient."""
         assert closure is None, "trihybrid's loop computes the loss itself"
         for group in self.param_groups:
-            shapes: dict[tuple[torch.Size, torch.device], list[Tensor]] = {}
+            alike: dict[tuple[torch.Size, torch.device, Rows | None], list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    shapes.setdefault((parameter.shape, parameter.device), []).append(parameter)
-            for (shape, _), parameters in shapes.items():
+                    rows = self._rows.get(parameter)
+                    alike.setdefault((parameter.shape, parameter.device, rows), []).append(parameter)
+            for (_, _, rows), parameters in alike.items():
                 update_NRC = torch.stack(self._momenta(parameters, group["momentum"]))
+                if rows is not None:
+                    update_NRC = torch.stack(rows.join(update_NRC.unbind(), self._workers))
+                rate = group["lr"] * update_scale(update_NRC.shape[1:], self._scale)
                 update_NRC = self._direction(update_NRC, group["steps"])
-                rate = group["lr"] * update_scale(shape, self._scale)
+                if rows is not None:
+                    update_NRC = update_NRC[:, rows.start : rows.end]
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, list(update_NRC.unbind()), alpha=-rate)
         return None

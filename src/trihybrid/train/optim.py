@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trihybrid.train.distributed import ALONE, Workers
 from trihybrid.train.muon import Muon
+from trihybrid.train.rows import NO_ROWS, Rows
 from trihybrid.train.section import OptimizerSection, Role
 
 _logger = logging.getLogger(__name__)
@@ -153,6 +154,7 @@ def build_optimizer(
     roles: Mapping[str, str],
     section: OptimizerSection,
     workers: Workers = ALONE,
+    rows: Mapping[str, Rows] = NO_ROWS,
 ) -> Optimizers:
     """Give each parameter the algorithm, learning rate and weight decay of its role.
 
@@ -161,6 +163,7 @@ def build_optimizer(
         roles: name -> role, for exactly these names.
         section: algorithm and hyperparameters.
         workers: those who train together, and share Muon's work.
+        rows: parameter name -> its rows, where each worker holds some of them.
 
     Raises:
         ValueError: names and roles do not match, a role is unknown, a parameter comes twice, does not require
@@ -203,6 +206,7 @@ def build_optimizer(
                 normalise_rows=muon.normalise_rows,
                 compile=muon.compile,
                 workers=workers,
+                rows={parameters[name]: found for name, found in rows.items()},
             )
         )
     if "adamw" in groups:

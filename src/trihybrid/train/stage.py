@@ -17,9 +17,10 @@ from trihybrid.train.average import Average
 from trihybrid.train.blame import first_not_finite
 from trihybrid.train.checkpoint import Checkpoints, Progress, random_state, restore_random_state
 from trihybrid.train.clock import Clock, Moment
-from trihybrid.train.distributed import Workers
+from trihybrid.train.distributed import ALONE, Workers
 from trihybrid.train.gradients import GradientNorms, Readback, check_finite, layer_norms, some_names
 from trihybrid.train.optim import Optimizers
+from trihybrid.train.rows import Rows
 from trihybrid.train.schedule import momentum
 from trihybrid.train.section import TrainSection
 from trihybrid.train.task import Differentiates, FollowsProgress, HasModule, SplitsBatches, Task, Weighs
@@ -44,6 +45,7 @@ class Stage:
     Args:
         task, batches, section, workers, name_batch: as `fit` has them.
         parameters: the task's, at the start of this session.
+        rows: of each parameter, where each worker holds some of them.
         optimizers, average: of these parameters; no average is kept if None.
     """
 
@@ -53,6 +55,7 @@ class Stage:
         batches: Callable[[int], Any],
         section: TrainSection,
         parameters: dict[str, nn.Parameter],
+        rows: Mapping[str, Rows],
         optimizers: Optimizers,
         average: Average | None,
         workers: Workers,
@@ -61,7 +64,8 @@ class Stage:
         self.task, self.batches, self.section = task, batches, section
         self.name_batch = name_batch
         self.parameters, self.optimizers, self.average = parameters, optimizers, average
-        self.workers = workers
+        self.rows, self.workers = rows, workers
+        self.holders = workers if rows else ALONE
         self.on_gpu = any(parameter.is_cuda for parameter in parameters.values())
         self.compared = False
 
@@ -105,7 +109,7 @@ class Stage:
         loss, metrics = self._gradients(batch, step)
         if step == 0:
             _report_untouched(self.parameters)
-        norms = GradientNorms(self.parameters)
+        norms = GradientNorms(self.parameters, self.holders)
         numbers = Readback(
             {
                 "loss": loss,
@@ -136,7 +140,9 @@ class Stage:
         if self.workers.count == 1:
             return loss, metrics
         self._compare_gradients()
-        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        # Those of rows are means already.
+        whole = () if self.rows else self.parameters.values()
+        gradients = [parameter.grad for parameter in whole if parameter.grad is not None]
         shared = [loss.clone(), *(torch.zeros_like(loss) + value for value in metrics.values())]
         self.workers.average([*gradients, *shared])
         return shared[0], dict(zip(metrics, shared[1:], strict=True))
@@ -228,7 +234,9 @@ class Stage:
         """Where this worker's share of a step stops being finite, as far as that can still be seen."""
         if not isinstance(self.task, HasModule):
             return "not looked for"
-        if not all(torch.isfinite(parameter).all() for parameter in self.parameters.values()):
+        broken = sum(not torch.isfinite(parameter).all() for parameter in self.parameters.values())
+        # All or none of the workers run the batch again.
+        if self.workers.total(broken) > 0:
             # On a GPU a step is checked while the next one runs.
             return "not to be told any more, the update has gone into the parameters"
         task, parts = self.task, self._parts(self.batches(step))
@@ -236,12 +244,14 @@ class Stage:
         return found or f"none in the forward pass of worker {self.workers.rank}, so in the backward pass"
 
     def _save(self, moment: Moment, checkpoints: Checkpoints) -> None:
-        _check_parameters(self.parameters, moment.step - 1)
+        _check_parameters(self.parameters, moment.step - 1, self.holders)
         loss, tokens = self.progress.loss, self.progress.tokens
         seconds = self.workers.first_value(self.clock.elapsed())
         self.progress = Progress(moment.step, loss, tokens, seconds, finished=moment.over)
+        if self.holders.count > 1 or self.workers.first:
+            what = self.progress, self.parameters, self.optimizers, self.average
+            checkpoints.save(*what, self.rows, self.holders)
         if self.workers.first:
-            checkpoints.save(self.progress, self.parameters, self.optimizers, self.average)
             checkpoints.prune(self.section.loop.keep)
         self.workers.wait()
         # The step after it is not to look slow.
@@ -261,7 +271,7 @@ class Stage:
         for _ in range(runs):
             self.optimizers.set_learning_rate(0.0)
             self._gradients(batch, step)
-            norms = GradientNorms(self.parameters)
+            norms = GradientNorms(self.parameters, self.holders)
             norms.clip(self.section.optimizer.gradient_clip)
             self.optimizers.step()
         self.optimizers.zero_grad()
@@ -297,11 +307,12 @@ def _check_loss(loss: Tensor, step: int) -> None:
         )
 
 
-def _check_parameters(parameters: Mapping[str, nn.Parameter], step: int) -> None:
+def _check_parameters(parameters: Mapping[str, nn.Parameter], step: int, holders: Workers) -> None:
     blamed = [name for name, parameter in parameters.items() if not torch.isfinite(parameter).all()]
-    if blamed:
+    if holders.total(len(blamed)) > 0:
+        where = some_names(blamed) if blamed else "another worker's rows"
         raise FloatingPointError(
-            f"step {step}: the update left numbers that are not finite in {some_names(blamed)}; "
+            f"step {step}: the update left numbers that are not finite in {where}; "
             "no checkpoint is written; "
             "lower the learning rate, and resume from the last checkpoint"
         )

@@ -2,13 +2,15 @@
 
 The loop gets an opaque batch from a function of the step and hands it to the task, which knows the model, the
 data and the losses. What a task may do besides, it shows by having the method: `SplitsBatches`, `Weighs`,
-`FollowsProgress`, `Differentiates`, `HasModule`.
+`FollowsProgress`, `Differentiates`, `HasModule`, `Shards`.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
+
+from trihybrid.train.rows import Rows
 
 
 class Task(Protocol):
@@ -85,4 +87,15 @@ class HasModule(Protocol):
     @property
     def module(self) -> nn.Module:
         """All that `loss` runs."""
+        ...
+
+
+@runtime_checkable
+class Shards(Protocol):
+    """A task that may hold some rows of its parameters only, as the other workers hold the others."""
+
+    def rows(self) -> Mapping[str, Rows]:
+        """The rows of every parameter; empty where this worker holds whole ones. With rows, `differentiate` leaves
+        those of the gradient's mean over the workers.
+        """
         ...
