@@ -78,15 +78,32 @@ def test_equations_by_hand(backend, biases):
         assert relative_error(state.matrix_BHKV[row], states) < 1e-12
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"key_scale": "log_log_decay"}, {"bonus": True}, {"value_lora_rank": 3}]
+)
+def test_shared_keys_are_the_operands_of_every_head(changes):
+    """The engine takes `operands`, training the form that shares them where it can."""
+    mixer = small(**changes)
+    assert mixer.options.shares_keys == (not changes)
+    x_BTD = torch.randn(2, 9, 12, dtype=torch.float64)
+    span = padded(torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9]), 9)
+    o_BTC, g_BTC, state = mixer.recur(x_BTD, span, None, Shared())
+    operands = mixer.operands(x_BTD, span, Shared())
+    o_BTHN, matrix_BHNN = module.wkv7(*operands.tokens, None, span.reset_BT, "reference")
+    assert relative_error(o_BTC, mixer.reads(o_BTHN, operands)) < 1e-12
+    assert relative_error(state.matrix_BHKV, matrix_BHNN) < 1e-12
+    assert torch.equal(g_BTC, operands.gate_BTC)
+
+
 def test_decay_stays_in_its_range(monkeypatch):
     seen = []
 
     def spy(*arguments):
         seen.append(arguments[1])
-        return wkv7(*arguments)
+        return wkv7_grouped(*arguments)
 
-    wkv7 = module.wkv7
-    monkeypatch.setattr(module, "wkv7", spy)
+    wkv7_grouped = module.wkv7_grouped
+    monkeypatch.setattr(module, "wkv7_grouped", spy)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         mixer = small(dtype=dtype)
         with torch.no_grad():

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from interpreted import MARKS
 from trihybrid.ops.wkv7 import wkv7
+from trihybrid.ops.wkv7.grouped import wkv7_grouped
 from trihybrid.testing.compare import relative_error
 from trihybrid.testing.wkv7_cases import (
     KINDS,
@@ -54,9 +55,9 @@ def run(operator, inputs, reset, weights):
     return found
 
 
-def check(operator, kind, inputs, reset, expected=None) -> None:
+def check(operator, kind, inputs, reset, expected=None, weights=None) -> None:
     """Every output and gradient, finite and near enough to the exact ones."""
-    weights = make_weights(tuple(inputs[3].shape), inputs[3])
+    weights = make_weights(tuple(inputs[3].shape), inputs[3]) if weights is None else weights
     expected = answer(inputs, reset, weights) if expected is None else expected
     for name, error in errors(run(operator, inputs, reset, weights), expected, inputs[0]).items():
         assert error <= tolerance(kind, name), f"{name}: {error:.2e}"
@@ -85,6 +86,13 @@ class TestInterpreted:
     @pytest.mark.parametrize("width", [32, 64])
     def test_widths(self, operator, width):
         check(operator, "random", make_inputs("random", (1, 35, 1, width)), None)
+
+    @pytest.mark.parametrize("many", [0, 1000])
+    def test_a_state_in_parts(self, operator, monkeypatch, many):
+        """As it is held at a width of 128, for few heads and for many."""
+        for name, value in {"PART": 16, "NARROW": 16, "WIDE": 32, "MANY": many}.items():
+            monkeypatch.setattr(f"trihybrid.ops.wkv7.triton.state.{name}", value)
+        check(operator, "random", make_inputs("random", (1, 35, 1, 32)), None)
 
     @pytest.mark.parametrize("starts", [[0], [16, 32], [5, 6, 17, 31, 39], range(40)])
     def test_documents(self, operator, starts):
@@ -126,6 +134,25 @@ class TestInterpreted:
         ):
             assert torch.equal(x, y)
 
+    @pytest.mark.parametrize("keep", [True, False])
+    def test_the_operator_keeps_its_promises(self, load, keep):
+        """What a compiler sees; calls go past it otherwise."""
+        room = load("trihybrid.ops.wkv7.triton")
+        inputs = [x.requires_grad_(keep) for x in make_inputs("random", (1, 17, 1, 16))]
+        torch.library.opcheck(room._forward, (*inputs, None, 16, keep, False))
+
+    def test_the_operator_is_what_an_eager_call_runs(self, load, operator):
+        room = load("trihybrid.ops.wkv7.triton")
+        inputs, weights = make_inputs("random", (1, 17, 2, 16)), make_weights((1, 17, 2, 16), torch.zeros(()))
+
+        def dispatched(*arguments):
+            return room._forward(*arguments, 16, True, False)[:2]
+
+        for x, y in zip(
+            run(operator, inputs, None, weights), run(dispatched, inputs, None, weights), strict=True
+        ):
+            assert torch.equal(x, y)
+
     def test_dtypes_may_differ(self, operator):
         inputs = make_inputs("random", (1, 20, 2, 16))
         for at in (0, 2, 3):
@@ -133,69 +160,56 @@ class TestInterpreted:
         check(operator, "random", inputs, None)
 
 
-class TestStepInterpreted:
-    """One token, in float32: nothing is rounded inside."""
+def make_grouped(kind, shape, groups, seed=0, device="cpu", dtype=torch.float32):
+    """r, log_w, k, v, kk, iclr and a state for `groups` of heads, of a kind of `make_inputs`."""
+    r, log_w, k, v, a, b, state = make_inputs(kind, shape, seed, device, dtype)
+    iclr = (b.float() * -a.float()).sum(-1, keepdim=True)
+    scatter = torch.rand(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+    k, v, kk = (x[:, :, :groups] for x in (k, v, -a))
+    return [r, log_w, k, v, kk, (iclr * (0.5 + scatter)).to(dtype), state]
+
+
+def check_grouped(operator, kind, inputs, reset) -> None:
+    """As `check`, against the definition."""
+    leaves = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
+    weights = make_weights((*inputs[0].shape[:3], inputs[3].shape[-1]), inputs[3])
+    o, final = wkv7_grouped(*leaves, reset, "reference")
+    check(operator, kind, inputs, reset, differentiate(o, final, leaves, weights), weights)
+
+
+class TestGroupedInterpreted:
+    """Heads that share keys and values, in float32."""
 
     pytestmark = MARKS
 
     @pytest.fixture
-    def room(self, load):
-        return load("trihybrid.ops.wkv7.decode")
+    def operator(self, load):
+        return load("trihybrid.ops.wkv7.triton").wkv7_triton_grouped
 
-    @pytest.mark.parametrize(
-        ("batch", "heads", "keys", "values"),
-        [(1, 2, 128, 128), (3, 2, 16, 64), (2, 1, 5, 200), (1, 1, 1, 1)],
-    )
-    @pytest.mark.parametrize("resets", [True, False])
-    @pytest.mark.parametrize("few", [0, 1000])
-    def test_is_the_recurrence(self, room, monkeypatch, batch, heads, keys, values, resets, few):
-        monkeypatch.setattr("trihybrid.ops.wkv7.decode.triton.FEW_HEADS", few)
-        tokens = [torch.randn(batch, 1, heads, keys) for _ in range(6)]
-        tokens[3] = torch.randn(batch, 1, heads, values)
-        tokens[1] = -tokens[1].abs()
-        state = torch.randn(batch, heads, keys, values)
-        reset = None
-        if resets:
-            reset = torch.arange(batch)[:, None] % 2 == 0
-            # Nothing of what a document's first token replaces is read.
-            tokens[1][reset] = float("nan")
-            state[reset[:, 0]] = float("inf")
-        expected = wkv7(*(x.double() for x in tokens), state.double(), reset, "reference")
-        before = state.clone()
-        o, after = room.wkv7_step(*tokens, state, reset)
-        assert torch.equal(state, before)
-        assert relative_error(o, expected[0]) <= 1e-6
-        assert relative_error(after, expected[1]) <= 1e-6
-        assert torch.equal(room.wkv7_step_(*tokens, state, reset), o)
-        assert torch.equal(state, after)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_kinds(self, operator, kind):
+        check_grouped(operator, kind, make_grouped(kind, (1, 21, 4, 16), 2), None)
 
-    def test_strides_and_a_state_inside_a_store(self, room):
-        wide = [torch.randn(2, 3, 4, 16) for _ in range(6)]
-        wide[1] = -wide[1].abs()
-        tokens = [x[:, 1:2, 1:3] for x in wide]
-        tokens[0] = tokens[0].transpose(2, 3).contiguous().transpose(2, 3)
-        store = torch.randn(2, 3, 4, 16, 16)
-        kept, state = store.clone(), store[:, 2, 1:3]
-        o, after = room.wkv7_step(*(x.contiguous() for x in tokens), state.contiguous())
-        assert torch.equal(room.wkv7_step_(*tokens, state), o)
-        kept[:, 2, 1:3] = after
-        assert torch.equal(store, kept)
+    @pytest.mark.parametrize("groups", [1, 2])
+    @pytest.mark.parametrize("stateful", [True, False])
+    def test_groups(self, operator, groups, stateful):
+        inputs = make_grouped("random", (2, 20, 2, 16), groups)
+        check_grouped(operator, "random", inputs if stateful else [*inputs[:6], None], None)
 
-    def test_dtypes(self, room):
-        tokens = [x[:, :1] for x in make_inputs("random", (2, 1, 2, 16))[:6]]
-        tokens = [x.half() if at in (0, 3) else x for at, x in enumerate(tokens)]
-        state = torch.randn(2, 2, 16, 16)
-        o, after = room.wkv7_step(*tokens, state)
-        expected = wkv7(*(x.double() for x in tokens), state.double(), None, "reference")
-        assert o.dtype == torch.float16 and after.dtype == torch.float32
-        assert relative_error(o, expected[0]) <= 1e-3
-        assert relative_error(after, expected[1]) <= 1e-6
+    def test_a_second_group_of_tokens(self, operator):
+        check_grouped(operator, "random", make_grouped("random", (1, 70, 2, 16), 1), None)
 
-    def test_operators_keep_their_promises(self, room):
-        tokens = [x[:, :1] for x in make_inputs("random", (1, 1, 1, 4))[:6]]
-        arguments = (*tokens, torch.randn(1, 1, 4, 4), None)
-        torch.library.opcheck(room._step, arguments)
-        torch.library.opcheck(room._step_in_place, arguments)
+    def test_documents(self, operator):
+        inputs, reset = make_grouped("random", (2, 40, 2, 16), 1), borders(2, 40, [0, 5, 6, 16, 33])
+        # The recurrence does not decay there, but keys are still scaled by it.
+        inputs[1][reset] = -0.9
+        check_grouped(operator, "random", inputs, reset)
+
+    def test_dtypes_may_differ(self, operator):
+        inputs = make_grouped("random", (1, 20, 2, 16), 1)
+        for at in (0, 2, 3):
+            inputs[at] = inputs[at].half()
+        check_grouped(operator, "random", inputs, None)
 
 
 class TestGpu:
@@ -238,6 +252,13 @@ class TestGpu:
         reset = borders(3, 700, [0, 1, 15, 16, 17, 63, 64, 65, 66, 128, 300, 699], "cuda")
         inputs[1][reset] = -60.0
         check(operator, kind, inputs, reset)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_shared_keys(self, kind):
+        from trihybrid.ops.wkv7.triton import wkv7_triton_grouped
+
+        inputs = make_grouped(kind, (2, 333, 8, 128), 2, 0, "cuda", torch.bfloat16)
+        check_grouped(wkv7_triton_grouped, kind, inputs, borders(2, 333, [0, 1, 64, 300], "cuda"))
 
     @pytest.mark.parametrize("kind", ["random", "slow_decay", "repeated_keys", "constant_runs"])
     def test_as_long_as_it_gets(self, operator, kind):

@@ -81,7 +81,8 @@ def test_the_stand_in_is_the_kernels_own_interface() -> None:
         assert kernels.takes(*call) == triton.takes(*call)
 
 
-def test_an_installed_kernel_gets_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["wkv7_triton", "wkv7_triton_grouped"])
+def test_an_installed_kernel_gets_the_call(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """With trihybrid there, the stand-in's function is the installed one, arguments as given."""
     import torch
 
@@ -91,10 +92,10 @@ def test_an_installed_kernel_gets_the_call(monkeypatch: pytest.MonkeyPatch) -> N
     def installed(r, log_w, k, v, a, b, state=None, reset=None):
         return (r, log_w, k, v, a, b, state, reset), "the installed one"
 
-    monkeypatch.setattr(triton, "wkv7_triton", installed)
+    monkeypatch.setattr(triton, name, installed)
     tensors = tuple(torch.full((1, 2, 1, 2), float(place)) for place in range(6))
     state, reset = torch.ones(1, 1, 2, 2), torch.zeros(1, 2, dtype=torch.bool)
-    given, answer = kernels.wkv7_triton(*tensors, state, reset)
+    given, answer = getattr(kernels, name)(*tensors, state, reset)
     assert answer == "the installed one" and all(
         x is y for x, y in zip(given, (*tensors, state, reset), strict=True)
     )

@@ -19,7 +19,10 @@ def available(device: torch.device) -> str | None:
     if importlib.util.find_spec("trihybrid") is None:
         return "they are trihybrid's, which is not installed"
     try:
-        return _installed().available(device)
+        installed = _installed()
+        for name in ("wkv7_triton", "wkv7_triton_grouped"):
+            getattr(installed, name)
+        return installed.available(device)
     except (ImportError, AttributeError) as error:
         return f"the installed trihybrid has no such kernels ({error})"
 
@@ -41,6 +44,21 @@ def wkv7_triton(
 ) -> tuple[Tensor, Tensor]:
     """The installed kernels; shapes and meaning are those of `wkv7`."""
     return _installed().wkv7_triton(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, state_BHKV, reset_BT)
+
+
+def wkv7_triton_grouped(
+    r_BTHK: Tensor,
+    log_w_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    kk_BTGK: Tensor,
+    iclr_BTHK: Tensor,
+    state_BHKV: Tensor | None = None,
+    reset_BT: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The installed kernels; shapes and meaning are those of `wkv7_grouped`."""
+    tokens = (r_BTHK, log_w_BTHK, k_BTGK, v_BTGV, kk_BTGK, iclr_BTHK)
+    return _installed().wkv7_triton_grouped(*tokens, state_BHKV, reset_BT)
 
 
 def _installed() -> ModuleType:

@@ -38,6 +38,7 @@ from trihybrid.mixers.span import Span
 from trihybrid.mixers.state import RecurrentState, State
 from trihybrid.ops.rotary.definition import rotate
 from trihybrid.ops.wkv7 import wkv7
+from trihybrid.ops.wkv7.grouped import wkv7_grouped
 
 DECAY_FLOOR = -math.exp(-0.5)
 """log W approaches this from above: -exp(-1/2), about -0.6065."""
@@ -157,8 +158,12 @@ class Rwkv7(Mixer):
         """The mixer up to its output projection: normalised reads o and gate g, both [B, T, C], and the state."""
         if state is not None and not isinstance(state, RecurrentState):
             raise ValueError(f"rwkv7 needs a RecurrentState, got {type(state).__name__}")
-        operands = self.operands(x_BTD, span, shared)
         before_BHNN = None if state is None else state.matrix_BHKV
+        if self.options.shares_keys:
+            tokens, g_BTC = self._grouped(x_BTD, span, shared)
+            o_BTHN, matrix_BHNN = wkv7_grouped(*tokens, before_BHNN, span.reset_BT, self.backend)
+            return self._scaled(o_BTHN).flatten(-2).to(g_BTC.dtype), g_BTC, RecurrentState(matrix_BHNN)
+        operands = self.operands(x_BTD, span, shared)
         o_BTHN, matrix_BHNN = wkv7(*operands.tokens, before_BHNN, span.reset_BT, self.backend)
         return self.reads(o_BTHN, operands), operands.gate_BTC, RecurrentState(matrix_BHNN)
 
@@ -167,6 +172,23 @@ class Rwkv7(Mixer):
     ) -> Operands:
         """All that the recurrence takes of a block of tokens; keys and values are published on the way. `prepare` may
         stand in for `prepared`, as a compiled form of it."""
+        options = self.options
+        heads = (options.heads, options.head_dim)
+        r_BTHN, k_BTGN, v_BTGN, decay_BTC, iclr_BTC, g_BTC = self._projected(x_BTD, span, shared)
+        log_w_BTHN, k_BTHN, v_BTHN, kk_BTHN, a_BTHN = (prepare or prepared)(
+            decay_BTC, iclr_BTC, self.w0, self.a0, k_BTGN, v_BTGN, heads, options.key_scale == "decay"
+        )
+        if options.value_lora_rank:
+            added_BTC = options.value_lora_factor * _wide(low_rank(x_BTD, self.dv1, self.dv2))
+            v_BTHN = (v_BTHN + added_BTC.unflatten(-1, heads)).to(x_BTD.dtype)
+        log_w_BTHN, k_BTHN, v_BTHN, kk_BTHN = _without_padding(span, log_w_BTHN, k_BTHN, v_BTHN, kk_BTHN)
+        return Operands(r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, -kk_BTHN, kk_BTHN * a_BTHN, g_BTC)
+
+    def _projected(
+        self, x_BTD: Tensor, span: Span, shared: Shared
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """r [B, T, H, N], k and v [B, T, G, N], what is added to the offsets of decay and iclr, and the gate, each of
+        these three [B, T, C]; keys and values are published on the way."""
         options = self.options
         heads = (options.heads, options.head_dim)
         r_BTHN = self._placed("r_norm", self.receptance(x_BTD).unflatten(-1, heads), span, shared)
@@ -178,29 +200,28 @@ class Rwkv7(Mixer):
         decay_BTC = low_rank(z_BTD, self.w1, self.w2, torch.tanh)
         iclr_BTC = low_rank(z_BTD, self.a1, self.a2)
         g_BTC = low_rank(z_BTD, self.g1, self.g2, torch.sigmoid)
-        log_w_BTHN, k_BTHN, v_BTHN, kk_BTHN, a_BTHN = (prepare or prepared)(
-            decay_BTC, iclr_BTC, self.w0, self.a0, k_BTGN, v_BTGN, heads, options.key_scale == "decay"
-        )
-        if options.value_lora_rank:
-            added_BTC = options.value_lora_factor * _wide(low_rank(x_BTD, self.dv1, self.dv2))
-            v_BTHN = (v_BTHN + added_BTC.unflatten(-1, heads)).to(x_BTD.dtype)
-        if span.valid_BT is not None:
-            # Padding is the identity token: it neither decays the state nor writes to it.
-            valid_BT11 = span.valid_BT[:, :, None, None]
-            log_w_BTHN, k_BTHN, v_BTHN, kk_BTHN = (
-                torch.where(valid_BT11, t, torch.zeros((), dtype=t.dtype, device=t.device))
-                for t in (log_w_BTHN, k_BTHN, v_BTHN, kk_BTHN)
-            )
-        return Operands(r_BTHN, log_w_BTHN, k_BTHN, v_BTHN, -kk_BTHN, kk_BTHN * a_BTHN, g_BTC)
+        return r_BTHN, k_BTGN, v_BTGN, decay_BTC, iclr_BTC, g_BTC
+
+    def _grouped(
+        self, x_BTD: Tensor, span: Span, shared: Shared
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """What `ops.wkv7.grouped` takes of a block of tokens, and the gate."""
+        heads = (self.options.heads, self.options.head_dim)
+        r_BTHN, k_BTGN, v_BTGN, decay_BTC, iclr_BTC, g_BTC = self._projected(x_BTD, span, shared)
+        _, log_w_BTHN, a_BTHN = _rates(decay_BTC, iclr_BTC, self.w0, self.a0, heads)
+        tokens = _without_padding(span, log_w_BTHN, k_BTGN, v_BTGN, _unit(_wide(k_BTGN)))
+        return (r_BTHN, *tokens, a_BTHN), g_BTC
 
     def reads(self, o_BTHN: Tensor, operands: Operands) -> Tensor:
         """What the recurrence read, [B, T, C], scaled and with the bonus of the options."""
-        options = self.options
-        o_BTHN = o_BTHN * options.head_dim**-0.5
-        if options.bonus:
+        o_BTHN = self._scaled(o_BTHN)
+        if self.options.bonus:
             own_BTH1 = (_wide(operands.r_BTHN) * operands.k_BTHN * self.r_k).sum(-1, keepdim=True)
             o_BTHN = o_BTHN + own_BTH1 * operands.v_BTHN
         return o_BTHN.flatten(-2).to(operands.gate_BTC.dtype)
+
+    def _scaled(self, o_BTHN: Tensor) -> Tensor:
+        return o_BTHN * self.options.head_dim**-0.5
 
     def _keys_values(self, x_BTD: Tensor, span: Span, shared: Shared) -> tuple[Tensor, Tensor]:
         if self.donor is not None:
@@ -302,18 +323,43 @@ def prepared(
     """log W, scaled keys, values, kk and a, [B, T, H, N], of what the low-rank products and projections gave.
 
     `heads` is (H, N); `by_decay` says how keys are scaled, see `Rwkv7Options.key_scale`."""
-    u_BTHN = (w0_C + _wide(decay_BTC)).unflatten(-1, heads)
-    log_w_BTHN = DECAY_FLOOR * torch.sigmoid(u_BTHN)
-    a_BTHN = torch.sigmoid(a0_C + _wide(iclr_BTC)).unflatten(-1, heads)
+    u_BTHN, log_w_BTHN, a_BTHN = _rates(decay_BTC, iclr_BTC, w0_C, a0_C, heads)
     repeats = heads[0] // k_BTGN.shape[2]
     k_BTHN = _wide(k_BTGN).repeat_interleave(repeats, 2)
     v_BTHN = v_BTGN.repeat_interleave(repeats, 2)
-    kk_BTHN = k_BTHN / (k_BTHN.norm(dim=-1, keepdim=True) + 1e-12)
+    kk_BTHN = _unit(k_BTHN)
     if by_decay:
         k_BTHN = k_BTHN * (1 - log_w_BTHN.exp() + a_BTHN)
     else:
         k_BTHN = k_BTHN * (1.5 - nn.functional.logsigmoid(u_BTHN) + a_BTHN)  # l = log sigmoid(u) - 1/2
     return log_w_BTHN, k_BTHN, v_BTHN, kk_BTHN, a_BTHN
+
+
+def _rates(
+    decay_BTC: Tensor, iclr_BTC: Tensor, w0_C: Tensor, a0_C: Tensor, heads: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u, log W and a, [B, T, H, N]."""
+    u_BTHN = (w0_C + _wide(decay_BTC)).unflatten(-1, heads)
+    a_BTHN = torch.sigmoid(a0_C + _wide(iclr_BTC)).unflatten(-1, heads)
+    return u_BTHN, DECAY_FLOOR * torch.sigmoid(u_BTHN), a_BTHN
+
+
+def _unit(k: Tensor) -> Tensor:
+    return k / (k.norm(dim=-1, keepdim=True) + 1e-12)
+
+
+def _without_padding(
+    span: Span, log_w: Tensor, k: Tensor, v: Tensor, kk: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log W, keys, values and unit keys of the identity token in the place of padding: it neither decays the state nor
+    writes to it."""
+    if span.valid_BT is None:
+        return log_w, k, v, kk
+    valid_BT11 = span.valid_BT[:, :, None, None]
+    log_w, k, v, kk = (
+        torch.where(valid_BT11, t, torch.zeros((), dtype=t.dtype, device=t.device)) for t in (log_w, k, v, kk)
+    )
+    return log_w, k, v, kk
 
 
 def _residual(own_BTGN: Tensor, first_BTGN: Tensor, zero: Tensor, product: Tensor) -> Tensor:

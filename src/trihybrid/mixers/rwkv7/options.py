@@ -96,6 +96,12 @@ class Rwkv7Options:
         """Whether later slots mix in the values or keys of the first one."""
         return bool(self.value_residual_rank or self.key_residual_rank)
 
+    @property
+    def shares_keys(self) -> bool:
+        """Whether the heads of a group differ in their keys and values by no more than decay and iclr, and nothing else
+        reads a head's own: the form of `ops.wkv7.grouped`."""
+        return self.key_scale == "decay" and not self.value_lora_rank and not self.bonus
+
 
 CHOICES = {
     "gate": ("unit", "published"),

@@ -62,28 +62,19 @@ def wkv7(
     value_width = v_BTHV.shape[-1]
     compute = torch.float64 if v_BTHV.dtype == torch.float64 else torch.float32
     state_shape = (batch, heads, key_width, value_width)
-    for name, x, shape in (
-        ("r_BTHK", r_BTHK, r_BTHK.shape),
-        ("log_w_BTHK", log_w_BTHK, r_BTHK.shape),
-        ("k_BTHK", k_BTHK, r_BTHK.shape),
-        ("v_BTHV", v_BTHV, (batch, time, heads, value_width)),
-        ("a_BTHK", a_BTHK, r_BTHK.shape),
-        ("b_BTHK", b_BTHK, r_BTHK.shape),
-        ("state_BHKV", state_BHKV, state_shape),
-    ):
-        if x is None:
-            continue
-        _check(name, x, shape, v_BTHV.device)
-        if not x.dtype.is_floating_point or (x.dtype == torch.float64 and compute != torch.float64):
-            raise ValueError(
-                f"{name} has dtype {x.dtype}; expected a floating point dtype, and float64 only when v_BTHV is float64"
-            )
-    if reset_BT is not None:
-        _check("reset_BT", reset_BT, (batch, time), v_BTHV.device)
-        if reset_BT.dtype != torch.bool:
-            raise ValueError(f"reset_BT has dtype {reset_BT.dtype}; expected torch.bool")
+    check(
+        v_BTHV,
+        reset_BT,
+        r_BTHK=(r_BTHK, r_BTHK.shape),
+        log_w_BTHK=(log_w_BTHK, r_BTHK.shape),
+        k_BTHK=(k_BTHK, r_BTHK.shape),
+        v_BTHV=(v_BTHV, (batch, time, heads, value_width)),
+        a_BTHK=(a_BTHK, r_BTHK.shape),
+        b_BTHK=(b_BTHK, r_BTHK.shape),
+        state_BHKV=(state_BHKV, state_shape),
+    )
     tokens = (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
-    name = _backend(backend, v_BTHV.device.type, key_width, value_width, v_BTHV.dtype)
+    name = chosen(backend, v_BTHV.device.type, key_width, value_width, v_BTHV.dtype)
     if name == "triton":
         return wkv7_triton(*tokens, state_BHKV, reset_BT)
     if state_BHKV is None:
@@ -93,8 +84,9 @@ def wkv7(
 
 # A constant to the compiler, which cannot follow a registry.
 @torch.compiler.assume_constant_result
-def _backend(name: str | None, device_type: str, *call: object) -> str:
-    return choose_for("wkv7", name, torch.device(device_type), *call).name
+def chosen(name: str | None, device_type: str, key_width: int, value_width: int, dtype: torch.dtype) -> str:
+    """The name of the backend that works on these widths and this dtype of v; ValueErrors are those of `choose_for`."""
+    return choose_for("wkv7", name, torch.device(device_type), key_width, value_width, dtype).name
 
 
 # The compiler would unroll the loops over chunks.
@@ -110,8 +102,31 @@ def _widened(
     return o_BTHV.to(v_BTHV.dtype), state_BHKV
 
 
-def _check(name: str, x: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+def check(
+    v: torch.Tensor, reset_BT: torch.Tensor | None, **expected: tuple[torch.Tensor | None, tuple[int, ...]]
+) -> None:
+    """ValueError, naming the argument, unless every tensor, None apart, has its expected shape, the device of v and a
+    dtype that goes with v's, and `reset_BT` is one bool a token.
+
+    expected: by the argument's name, the tensor and its shape.
+    """
+    wide = v.dtype == torch.float64
+    for name, (x, shape) in expected.items():
+        if x is None:
+            continue
+        _check_place(name, x, shape, v.device)
+        if not x.dtype.is_floating_point or (x.dtype == torch.float64 and not wide):
+            raise ValueError(
+                f"{name} has dtype {x.dtype}; expected a floating point dtype, and float64 only when v is float64"
+            )
+    if reset_BT is not None:
+        _check_place("reset_BT", reset_BT, tuple(v.shape[:2]), v.device)
+        if reset_BT.dtype != torch.bool:
+            raise ValueError(f"reset_BT has dtype {reset_BT.dtype}; expected torch.bool")
+
+
+def _check_place(name: str, x: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if x.shape != shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {tuple(shape)}")
     if x.device != device:
-        raise ValueError(f"{name} is on {x.device}; expected {device}, the device of v_BTHV")
+        raise ValueError(f"{name} is on {x.device}; expected {device}, the device of v")

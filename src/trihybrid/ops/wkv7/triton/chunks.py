@@ -31,9 +31,22 @@ def rows(x, stride_b, stride_t, stride_h, b, h, t, COUNT: tl.constexpr, WIDTH: t
 
 
 @triton.jit
+def columns(x, stride_b, stride_t, stride_h, b, h, t, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """The same pointers, transposed: [WIDTH, COUNT]."""
+    base = x + b * stride_b + h * stride_h + t * stride_t
+    return base + tl.arange(0, COUNT)[None, :] * stride_t + tl.arange(0, WIDTH)[:, None]
+
+
+@triton.jit
 def tile(x, index, ROWS: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
     """Pointers to the first COUNT columns of tile number `index` (int64) of an array of dense [ROWS, WIDTH] tiles."""
     return x + index * (ROWS * WIDTH) + tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, COUNT)[None, :]
+
+
+@triton.jit
+def plane(x, which, count, SIZE: tl.constexpr):
+    """Pointer to one of several arrays of `count` (int64) tiles of SIZE elements that lie behind each other."""
+    return x + which * count * SIZE
 
 
 @triton.jit
@@ -60,19 +73,30 @@ def documents(reset, b, t, length, C: tl.constexpr, HAS_RESET: tl.constexpr):
 
 
 @triton.jit
-def exponents(log_w, starts_C, inside_C1, STEEPEST: tl.constexpr, C: tl.constexpr):
-    """log_w as used [C, K], and as powers of two its sums c up to each token [C, K], and m = c in the middle of the
-    chunk and c at its end [1, K]; float32.
+def recurrent(k_CK, a_CK, b_CK, w_CK, GROUPED: tl.constexpr):
+    """k, a and b of the recurrence in float32, from what was loaded: themselves, or with GROUPED k, kk, iclr and log_w,
+    of which k (1 - exp(log_w) + iclr), -kk and kk iclr are made."""
+    k_CK, a_CK, b_CK = k_CK.to(tl.float32), a_CK.to(tl.float32), b_CK.to(tl.float32)
+    if GROUPED:
+        k_CK *= 1.0 - tl.exp2(w_CK.to(tl.float32) * BITS) + b_CK
+        b_CK *= a_CK
+        a_CK = -a_CK
+    return k_CK, a_CK, b_CK
+
+
+@triton.jit
+def exponents(w_CK, starts_C, STEEPEST: tl.constexpr, C: tl.constexpr):
+    """log_w, zero beyond the end, as used [C, K], and as powers of two its sums c up to each token [C, K], and m = c in
+    the middle of the chunk and c at its end [1, K]; float32.
 
     The first token of a document decays nothing, whatever its log_w holds, nor does padding. A NaN stays one.
     """
-    w_CK = tl.load(log_w, mask=inside_C1, other=0.0).to(tl.float32)
-    w_CK = tl.where(starts_C[:, None] > 0, 0.0, w_CK)
+    # TF32 holds all digits of bfloat16.
+    exact: tl.constexpr = w_CK.dtype == tl.bfloat16
+    w_CK = tl.where(starts_C[:, None] > 0, 0.0, w_CK.to(tl.float32))
     w_CK = tl.where(w_CK < STEEPEST, STEEPEST, w_CK)
     early_C1 = (tl.arange(0, C) < C // 2)[:, None]
     middle_1K = tl.sum(tl.where(early_C1, w_CK, 0.0), 0, keep_dims=True)
-    # TF32 holds all digits of bfloat16.
-    exact: tl.constexpr = log_w.dtype.element_ty == tl.bfloat16
     c_CK = running(w_CK, C, False, exact) * BITS
     return w_CK, c_CK, middle_1K * BITS, tl.sum(w_CK, 0, keep_dims=True) * BITS
 

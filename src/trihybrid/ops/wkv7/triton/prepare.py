@@ -31,6 +31,8 @@ from trihybrid.ops.wkv7.triton.chunks import (
     exponents,
     inside,
     pairs,
+    plane,
+    recurrent,
     rows,
     steepest,
     strides,
@@ -38,7 +40,7 @@ from trihybrid.ops.wkv7.triton.chunks import (
 )
 
 # A program is one warp, so that nothing waits for other warps, and takes keys in blocks, twice, to need few registers.
-BLOCK_K, WARPS, STAGES = 32, 1, 2
+BLOCK_K, WARPS, STAGES = 32, 1, 4
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,18 @@ class Prepared:
 def prepare(
     r_BTHK: Tensor,
     log_w_BTHK: Tensor,
-    k_BTHK: Tensor,
-    a_BTHK: Tensor,
+    k_BTGK: Tensor,
+    a_BTGK: Tensor,
     b_BTHK: Tensor,
     reset_BT: Tensor | None,
     chunk: int,
     gradient: bool,
+    grouped: bool,
 ) -> Prepared:
     """Prepare all chunks of `chunk` tokens; the last one is padded. The last dimensions are contiguous.
 
-    reset_BT: uint8, contiguous, or None. gradient: whether F, N and E are wanted.
+    reset_BT: uint8, contiguous, or None. gradient: whether F, N and E are wanted. grouped: whether a and b are kk and
+    iclr, as in `chunks.recurrent`.
     """
     batch, length, heads, width = r_BTHK.shape
     chunks = triton.cdiv(length, chunk)
@@ -72,34 +76,34 @@ def prepare(
     wide_4NCK = half(4, count, chunk, width)
     square_4NCC = half(4 if gradient else 1, count, chunk, chunk)
     g_NK = torch.empty(count, width, device=r_BTHK.device, dtype=torch.float32)
-    p_NCC = square_4NCC[0]
     _prepare[(count,)](
         r_BTHK,
         log_w_BTHK,
-        k_BTHK,
-        a_BTHK,
+        k_BTGK,
+        a_BTGK,
         b_BTHK,
-        p_NCC if reset_BT is None else reset_BT,
-        *wide_4NCK,
-        p_NCC,
+        g_NK if reset_BT is None else reset_BT,
+        wide_4NCK,
+        square_4NCC,
         g_NK,
-        *(square_4NCC[1:] if gradient else (p_NCC, p_NCC, p_NCC)),
         length,
         chunks,
         heads,
+        heads // k_BTGK.shape[2],
         *strides(r_BTHK),
         *strides(log_w_BTHK),
-        *strides(k_BTHK),
-        *strides(a_BTHK),
+        *strides(k_BTGK),
+        *strides(a_BTGK),
         *strides(b_BTHK),
         STEEPEST=steepest(chunk),
         HAS_RESET=reset_BT is not None,
         WHOLE=length % chunk == 0,
         GRADIENT=gradient,
+        GROUPED=grouped,
         C=chunk,
         K=width,
         BLOCK_K=min(BLOCK_K, width),
-        num_stages=STAGES,
+        STAGES=STAGES,
         num_warps=WARPS,
     )
     return Prepared(wide_4NCK, square_4NCC, g_NK)
@@ -129,18 +133,13 @@ def _prepare(
     a,
     b,
     reset,
-    w_NCK,
-    r_NCK,
-    b_NCK,
-    k_NCK,
-    p_NCC,
+    wide_4NCK,
+    square_4NCC,
     g_NK,
-    f_NCC,
-    n_NCC,
-    e_NCC,
     length,
     chunks,
     heads,
+    repeats,
     r_stride_b,
     r_stride_t,
     r_stride_h,
@@ -160,9 +159,11 @@ def _prepare(
     HAS_RESET: tl.constexpr,
     WHOLE: tl.constexpr,
     GRADIENT: tl.constexpr,
+    GROUPED: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # Heads run fastest: programs that run together read whole tokens.
     index = tl.program_id(0).to(tl.int64)
@@ -171,24 +172,28 @@ def _prepare(
     chunk, batch = rest % chunks, rest // chunks
     number = (batch * heads + head) * chunks + chunk
     start = chunk * C
+    count = tl.num_programs(0).to(tl.int64)
     inside_C1 = inside(start, length, C, WHOLE)
     starts_C, document_C = documents(reset, batch, start, length, C, HAS_RESET)
     log_w = rows(log_w, w_stride_b, w_stride_t, w_stride_h, batch, head, start, C, BLOCK_K)
     r = rows(r, r_stride_b, r_stride_t, r_stride_h, batch, head, start, C, BLOCK_K)
-    k = rows(k, k_stride_b, k_stride_t, k_stride_h, batch, head, start, C, BLOCK_K)
-    a = rows(a, a_stride_b, a_stride_t, a_stride_h, batch, head, start, C, BLOCK_K)
+    # Keys and unit keys may be shared by some heads.
+    k = rows(k, k_stride_b, k_stride_t, k_stride_h, batch, head // repeats, start, C, BLOCK_K)
+    a = rows(a, a_stride_b, a_stride_t, a_stride_h, batch, head // repeats, start, C, BLOCK_K)
     b = rows(b, b_stride_b, b_stride_t, b_stride_h, batch, head, start, C, BLOCK_K)
 
     l_CC = tl.zeros((C, C), tl.float32)
     m_CC = tl.zeros((C, C), tl.float32)
     q_CC = tl.zeros((C, C), tl.float32)
     p_CC = tl.zeros((C, C), tl.float32)
-    for key in range(0, K, BLOCK_K):
-        a_CK = tl.load(a + key, mask=inside_C1, other=0.0).to(tl.float32)
-        b_CK = tl.load(b + key, mask=inside_C1, other=0.0).to(tl.float32)
-        k_CK = tl.load(k + key, mask=inside_C1, other=0.0).to(tl.float32)
+    for key in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        w_CK = tl.load(log_w + key, mask=inside_C1, other=0.0)
+        a_CK = tl.load(a + key, mask=inside_C1, other=0.0)
+        b_CK = tl.load(b + key, mask=inside_C1, other=0.0)
+        k_CK = tl.load(k + key, mask=inside_C1, other=0.0)
         r_CK = tl.load(r + key, mask=inside_C1, other=0.0).to(tl.float32)
-        w_CK, c_CK, middle_1K, _ = exponents(log_w + key, starts_C, inside_C1, STEEPEST, C)
+        k_CK, a_CK, b_CK = recurrent(k_CK, a_CK, b_CK, w_CK, GROUPED)
+        w_CK, c_CK, middle_1K, _ = exponents(w_CK, starts_C, STEEPEST, C)
         c_CK -= middle_1K
         rise_CK = tl.exp2(-c_CK)
         a_CK *= tl.exp2(c_CK - w_CK * BITS)
@@ -208,19 +213,23 @@ def _prepare(
     p_CC = tl.where(loose_CC, p_CC, 0.0)
     f_CC = _inverse(l_CC, C)
     n_CC = tl.dot(f_CC, m_CC.to(tl.float16)).to(tl.float16)
-    tl.store(tile(p_NCC, number, C, C, C), tl.dot(q_CC, n_CC, p_CC).to(tl.float16))
+    tl.store(tile(square_4NCC, number, C, C, C), tl.dot(q_CC, n_CC, p_CC).to(tl.float16))
     if GRADIENT:
-        tl.store(tile(f_NCC, number, C, C, C), f_CC)
-        tl.store(tile(n_NCC, number, C, C, C), n_CC)
-        tl.store(tile(e_NCC, number, C, C, C), tl.dot(q_CC, f_CC).to(tl.float16))
+        tl.store(tile(plane(square_4NCC, 1, count, C * C), number, C, C, C), f_CC)
+        tl.store(tile(plane(square_4NCC, 2, count, C * C), number, C, C, C), n_CC)
+        tl.store(
+            tile(plane(square_4NCC, 3, count, C * C), number, C, C, C), tl.dot(q_CC, f_CC).to(tl.float16)
+        )
 
     borders = tl.sum(starts_C, 0)
-    for key in range(0, K, BLOCK_K):
-        a_CK = tl.load(a + key, mask=inside_C1, other=0.0).to(tl.float32)
-        b_CK = tl.load(b + key, mask=inside_C1, other=0.0).to(tl.float32)
-        k_CK = tl.load(k + key, mask=inside_C1, other=0.0).to(tl.float32)
+    for key in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        w_CK = tl.load(log_w + key, mask=inside_C1, other=0.0)
+        a_CK = tl.load(a + key, mask=inside_C1, other=0.0)
+        b_CK = tl.load(b + key, mask=inside_C1, other=0.0)
+        k_CK = tl.load(k + key, mask=inside_C1, other=0.0)
         r_CK = tl.load(r + key, mask=inside_C1, other=0.0).to(tl.float32)
-        w_CK, c_CK, _, total_1K = exponents(log_w + key, starts_C, inside_C1, STEEPEST, C)
+        k_CK, a_CK, b_CK = recurrent(k_CK, a_CK, b_CK, w_CK, GROUPED)
+        w_CK, c_CK, _, total_1K = exponents(w_CK, starts_C, STEEPEST, C)
         leave_CK = tl.exp2(total_1K - c_CK)
         r_CK *= tl.exp2(c_CK)
         a_CK *= tl.exp2(c_CK - w_CK * BITS)
@@ -231,10 +240,13 @@ def _prepare(
             leave_CK = tl.where((document_C == borders)[:, None], leave_CK, 0.0)
             gate_1K = tl.where(borders == 0, gate_1K, 0.0)
         w_CK = tl.dot(f_CC, a_CK.to(tl.float16)).to(tl.float16)
-        tl.store(tile(w_NCK, number, C, K, BLOCK_K) + key, w_CK)
+        tl.store(tile(wide_4NCK, number, C, K, BLOCK_K) + key, w_CK)
         b_CK = (b_CK * leave_CK).to(tl.float16)
-        tl.store(tile(b_NCK, number, C, K, BLOCK_K) + key, b_CK)
-        tl.store(tile(r_NCK, number, C, K, BLOCK_K) + key, tl.dot(q_CC, w_CK, r_CK).to(tl.float16))
+        tl.store(tile(plane(wide_4NCK, 2, count, C * K), number, C, K, BLOCK_K) + key, b_CK)
+        tl.store(
+            tile(plane(wide_4NCK, 1, count, C * K), number, C, K, BLOCK_K) + key,
+            tl.dot(q_CC, w_CK, r_CK).to(tl.float16),
+        )
         k_CK = tl.dot(tl.trans(n_CC), b_CK, k_CK * leave_CK)
-        tl.store(tile(k_NCK, number, C, K, BLOCK_K) + key, k_CK.to(tl.float16))
+        tl.store(tile(plane(wide_4NCK, 3, count, C * K), number, C, K, BLOCK_K) + key, k_CK.to(tl.float16))
         tl.store(tile(g_NK, number, 1, K, BLOCK_K) + key, gate_1K)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trihybrid.ops.wkv7.triton.chunks import rows, strides, tile
+from trihybrid.ops.wkv7.triton.chunks import plane, rows, strides, tile
 from trihybrid.ops.wkv7.triton.prepare import Prepared
 from trihybrid.ops.wkv7.triton.state import GROUP, power
 
@@ -27,60 +27,45 @@ KEYS_A_WARP = 16
 
 def sum_values(
     ready: Prepared,
-    v_BTHV: Tensor,
+    v_BTGV: Tensor,
     do_BTHV: Tensor,
-    u_NCV: Tensor,
-    z_NCV: Tensor,
-    true_u_NCV: Tensor,
-    true_z_NCV: Tensor,
+    u_NVC: Tensor,
+    z_NVC: Tensor,
+    true_u_NVC: Tensor,
+    true_z_NVC: Tensor,
     kept_GVK: Tensor,
     dkept_GVK: Tensor,
     largest_BH: Tensor,
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """dO h^T, Z h^T, V dH'^T, U dH'^T [N, C, K] and Z U^T, Z V^T, dO U^T, dO V^T [4, N, C, C] (all their entries) in
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dO h^T, Z h^T, V dH'^T, U dH'^T [4, N, C, K] and Z U^T, Z V^T, dO U^T, dO V^T [4, N, C, C] (all their entries) in
     float16, e [B H, groups, K] in float32; all times the scale."""
-    w_NCK, r_NCK, b_NCK, k_NCK = ready.wide_4NCK
-    _, chunk, keys = w_NCK.shape
+    count, chunk, keys = ready.wide_4NCK.shape[1:]
     lanes, borders = kept_GVK.shape[:2]
-    dr, dw, dk, db = (torch.empty_like(w_NCK) for _ in range(4))
-    scores_4NCC = torch.empty(4, *ready.square_4NCC.shape[1:], device=v_BTHV.device, dtype=torch.float16)
-    e_GK = torch.empty(lanes, borders - 1, keys, device=v_BTHV.device, dtype=torch.float32)
-    _, length, heads, width = v_BTHV.shape
+    sums_4NCK, scores_4NCC = torch.empty_like(ready.wide_4NCK), torch.empty_like(ready.square_4NCC)
+    e_GK = torch.empty(lanes, borders - 1, keys, device=v_BTGV.device, dtype=torch.float32)
+    _, length, heads, width = do_BTHV.shape
     block = min(BLOCK_K, keys)
-    for reverse, states, (x, other), operands, values, outputs in (
-        (
-            False,
-            (kept_GVK, kept_GVK),
-            (do_BTHV, v_BTHV),
-            (k_NCK, b_NCK),
-            (true_z_NCV, u_NCV),
-            (dr, dw),
-        ),
-        (
-            True,
-            (dkept_GVK, kept_GVK),
-            (v_BTHV, do_BTHV),
-            (r_NCK, w_NCK),
-            (true_u_NCV, z_NCV),
-            (dk, db),
-        ),
+    for reverse, states_GVK, x, other, values in (
+        (False, kept_GVK, do_BTHV, v_BTGV, (true_z_NVC, u_NVC)),
+        (True, dkept_GVK, v_BTGV, do_BTHV, (true_u_NVC, z_NVC)),
     ):
         _sum[(lanes * (borders - 1) * (keys // block),)](
-            *states,
+            states_GVK,
+            kept_GVK,
             x,
             other,
-            *operands,
+            ready.wide_4NCK,
             *values,
             ready.g_NK,
             largest_BH,
-            *outputs,
-            true_u_NCV,
-            *scores_4NCC,
+            sums_4NCK,
             e_GK,
             length,
             triton.cdiv(length, chunk),
             heads,
+            heads // x.shape[2],
             *strides(x),
+            heads // other.shape[2],
             *strides(other),
             REVERSE=reverse,
             GROUP_CHUNKS=GROUP // chunk,
@@ -88,10 +73,27 @@ def sum_values(
             K=keys,
             V=width,
             BLOCK_K=block,
+            STAGES=STAGES,
             num_warps=block // KEYS_A_WARP,
-            num_stages=STAGES,
         )
-    return (dr, dw, dk, db), scores_4NCC, e_GK
+    _score[(count,)](
+        true_u_NVC,
+        true_z_NVC,
+        v_BTGV,
+        do_BTHV,
+        largest_BH,
+        scores_4NCC,
+        length,
+        triton.cdiv(length, chunk),
+        heads,
+        heads // v_BTGV.shape[2],
+        *strides(v_BTGV),
+        *strides(do_BTHV),
+        C=chunk,
+        V=width,
+        num_warps=1,
+    )
+    return sums_4NCK, scores_4NCC, e_GK
 
 
 @triton.jit
@@ -118,10 +120,46 @@ def _values(
 
 
 @triton.jit
-def _gate(g_NK, first, step, count, key_K, REVERSE: tl.constexpr, K: tl.constexpr):
-    """g, for some keys, of the chunk that comes at a step of a group; zeros after the last step."""
-    chunk = count - 1 - step if REVERSE else step
-    return tl.load(g_NK + (first + chunk) * K + key_K, mask=step < count, other=0.0)
+def _score(
+    u_NVC,
+    z_NVC,
+    v,
+    do,
+    largest,
+    scores_4NCC,
+    length,
+    chunks,
+    heads,
+    repeats,
+    v_stride_b,
+    v_stride_t,
+    v_stride_h,
+    do_stride_b,
+    do_stride_t,
+    do_stride_h,
+    C: tl.constexpr,
+    V: tl.constexpr,
+):
+    # Heads run fastest, as in `prepare`.
+    index = tl.program_id(0).to(tl.int64)
+    head = index % heads
+    rest = index // heads
+    chunk, batch = rest % chunks, rest // chunks
+    number = (batch * heads + head) * chunks + chunk
+    start = chunk * C
+    count = tl.num_programs(0).to(tl.int64)
+    scale = power(tl.load(largest + batch * heads + head))
+    z_VC = tl.load(tile(z_NVC, number, V, C, C))
+    u_VC = tl.load(tile(u_NVC, number, V, C, C))
+    v_CV = _values(
+        v, v_stride_b, v_stride_t, v_stride_h, batch, head // repeats, start, length, scale, False, C, V
+    )
+    o_CV = _values(do, do_stride_b, do_stride_t, do_stride_h, batch, head, start, length, scale, True, C, V)
+    z_CV, v_VC = tl.trans(z_VC), tl.trans(v_CV)
+    tl.store(tile(scores_4NCC, number, C, C, C), tl.dot(z_CV, u_VC).to(tl.float16))
+    tl.store(tile(plane(scores_4NCC, 1, count, C * C), number, C, C, C), tl.dot(z_CV, v_VC).to(tl.float16))
+    tl.store(tile(plane(scores_4NCC, 2, count, C * C), number, C, C, C), tl.dot(o_CV, u_VC).to(tl.float16))
+    tl.store(tile(plane(scores_4NCC, 3, count, C * C), number, C, C, C), tl.dot(o_CV, v_VC).to(tl.float16))
 
 
 @triton.jit
@@ -130,26 +168,21 @@ def _sum(
     kept,
     x,
     other,
-    write_NCK,
-    back_NCK,
-    along_NCV,
-    beside_NCV,
+    wide_4NCK,
+    along_NVC,
+    beside_NVC,
     g_NK,
     largest,
-    dread_NCK,
-    dacross_NCK,
-    true_u_NCV,
-    zu_NCC,
-    zv_NCC,
-    ou_NCC,
-    ov_NCC,
+    sums_4NCK,
     e_GK,
     length,
     chunks,
     heads,
+    x_repeats,
     x_stride_b,
     x_stride_t,
     x_stride_h,
+    other_repeats,
     other_stride_b,
     other_stride_t,
     other_stride_h,
@@ -159,6 +192,7 @@ def _sum(
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     groups = tl.cdiv(chunks, GROUP_CHUNKS)
     # Blocks of keys run together, since they read the same values, and then heads: they share tokens.
@@ -178,17 +212,31 @@ def _sum(
     if REVERSE:
         e_K = tl.sum(h_KV * tl.load(kept + at_KV).to(tl.float32), 1)
         tl.store(e_GK + (lane * groups + group) * K + key_K, e_K)
+    # Forwards the state is written to by K* and B^, and its products are the first two; backwards, by R* and W.
+    every = (tl.num_programs(0) // (groups * blocks)).to(tl.int64) * chunks
+    write_NCK = plane(wide_4NCK, 1 if REVERSE else 3, every, C * K)
+    back_NCK = plane(wide_4NCK, 0 if REVERSE else 2, every, C * K)
+    dread_NCK = plane(sums_4NCK, 2 if REVERSE else 0, every, C * K)
+    dacross_NCK = plane(sums_4NCK, 3 if REVERSE else 1, every, C * K)
     first = (group * GROUP_CHUNKS).to(tl.int32)
     count = tl.minimum(GROUP_CHUNKS, chunks - first)
-    # Fetched ahead by hand, as in `state`.
-    gate_K = _gate(g_NK, lane * chunks + first, 0, count, key_K, REVERSE, K)
-    for step in range(count):
-        later_K = _gate(g_NK, lane * chunks + first, step + 1, count, key_K, REVERSE, K)
+    for step in tl.range(0, count, num_stages=STAGES):
         chunk = first + (count - 1 - step if REVERSE else step)
         number = lane * chunks + chunk
         start = chunk.to(tl.int64) * C
         x_CV = _values(
-            x, x_stride_b, x_stride_t, x_stride_h, batch, head, start, length, scale, not REVERSE, C, V
+            x,
+            x_stride_b,
+            x_stride_t,
+            x_stride_h,
+            batch,
+            head // x_repeats,
+            start,
+            length,
+            scale,
+            not REVERSE,
+            C,
+            V,
         )
         other_CV = _values(
             other,
@@ -196,7 +244,7 @@ def _sum(
             other_stride_t,
             other_stride_h,
             batch,
-            head,
+            head // other_repeats,
             start,
             length,
             scale,
@@ -204,24 +252,16 @@ def _sum(
             C,
             V,
         )
-        along_CV = tl.load(tile(along_NCV, number, C, V, V))
-        beside_CV = tl.load(tile(beside_NCV, number, C, V, V))
+        gate_K = tl.load(g_NK + number * K + key_K)
+        along_VC = tl.load(tile(along_NVC, number, V, C, C))
+        beside_VC = tl.load(tile(beside_NVC, number, V, C, C))
         at_CK = number * (C * K) + tl.arange(0, C)[:, None] * K + key_K[None, :]
         write_CK = tl.load(write_NCK + at_CK)
         back_CK = tl.load(back_NCK + at_CK)
         half_KV = h_KV.to(tl.float16)
         dread_KC = tl.dot(half_KV, tl.trans(x_CV))
-        dacross_KC = tl.dot(half_KV, tl.trans(along_CV))
+        dacross_KC = tl.dot(half_KV, along_VC)
         h_KV = tl.dot(tl.trans(write_CK), other_CV, h_KV * gate_K[:, None])
-        h_KV = tl.dot(tl.trans(back_CK), beside_CV, h_KV)
-        gate_K = later_K
+        h_KV = tl.dot(tl.trans(back_CK), tl.trans(beside_VC), h_KV)
         tl.store(dread_NCK + at_CK, tl.trans(dread_KC).to(tl.float16))
         tl.store(dacross_NCK + at_CK, tl.trans(dacross_KC).to(tl.float16))
-        if not REVERSE:  # noqa: SIM102, since a constant decides about this one alone
-            if block == 0:
-                u_VC = tl.trans(tl.load(tile(true_u_NCV, number, C, V, V)))
-                v_VC = tl.trans(other_CV)
-                tl.store(tile(zu_NCC, number, C, C, C), tl.dot(along_CV, u_VC).to(tl.float16))
-                tl.store(tile(zv_NCC, number, C, C, C), tl.dot(along_CV, v_VC).to(tl.float16))
-                tl.store(tile(ou_NCC, number, C, C, C), tl.dot(x_CV, u_VC).to(tl.float16))
-                tl.store(tile(ov_NCC, number, C, C, C), tl.dot(x_CV, v_VC).to(tl.float16))

@@ -1,0 +1,3 @@
+"""Fixtures of the benchmarks' tests."""
+
+from interpreted import load  # noqa: F401
