@@ -6,6 +6,7 @@ VENV := .venv
 LOWEST := .venv-transformers-lowest
 NEWEST := .venv-transformers-newest
 TRITON := .venv-triton
+LONG := .venv-long
 # The lower bound in pyproject.toml; a test holds the two together.
 LOWEST_TRANSFORMERS := 5.17.0
 TRANSFORMERS_TESTS := $(wildcard tests/models tests/laws tests/surgery tests/distill)
@@ -30,9 +31,9 @@ test: setup ## run the tests
 	@echo "testing: pytest, with the ten slowest tests at the end"
 	@$(VENV)/bin/python $(PYTEST)
 
-test-long: setup ## the tests that `make test` leaves out: more processes, benchmarks in small
+test-long: $(LONG)/.installed ## the tests that `make test` leaves out: more processes and extras, benchmarks in small
 	@echo "testing: what takes long"
-	@$(VENV)/bin/python $(PYTEST) -m long
+	@$(LONG)/bin/python $(PYTEST) -m long
 
 demo: setup ## teacher, surgery, distillation, report, on this machine
 	@echo "running the demo"
@@ -64,7 +65,7 @@ browser-test: setup ## open the report in a headless Chromium
 
 clean: ## remove the environments, builds and caches; runs/ stays
 	@echo "removing environments, builds and caches"
-	@rm -rf $(VENV) $(LOWEST) $(NEWEST) $(TRITON) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	@rm -rf $(VENV) $(LONG) $(LOWEST) $(NEWEST) $(TRITON) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 version = $(1)/bin/python -c 'from importlib.metadata import version; print(version("$(2)"))'
@@ -89,6 +90,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "installing trihybrid and its test tools into $(VENV)"
 	@$(VENV)/bin/python $(PIP_INSTALL) -e ".[test]"
 	@$(VENV)/bin/python $(COMPILE) $(VENV)/lib || true
+	@touch $@
+
+# Where torchao is installed, transformers imports it in every process, which takes seconds.
+$(LONG)/.installed: pyproject.toml constraints.txt
+	$(call environment,$(LONG))
+	@echo "installing trihybrid, its test tools and what its long tests need into $(LONG)"
+	@$(LONG)/bin/python $(PIP_INSTALL) -e ".[test,quantize,transformers-serving]"
+	@$(LONG)/bin/python $(COMPILE) $(LONG)/lib || true
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -28,6 +28,7 @@ def test_all_parts_run_and_the_dense_form_has_the_same_loss(rows) -> None:
     assert losses["match", 0] > 0.01
 
 
+@pytest.mark.long
 def test_flops_of_a_step(rows) -> None:
     """More tokens cost more in proportion but for the scores, and the dense form counts as ours does."""
     found = {row["part"]: row["flops"] / row["length"] for row in rows}

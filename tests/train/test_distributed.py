@@ -46,6 +46,7 @@ def cases(tiny: ModuleType) -> ModuleType:
     return distributed_fit
 
 
+@pytest.mark.long  # tests/recipe/test_two_ranks.py starts two processes for all of this
 @pytest.mark.parametrize(
     ("case", "tolerance"), [("adamw-float64", 1e-12), ("muon-float64", 1e-12), ("muon-float32", 1e-6)]
 )
@@ -70,6 +71,7 @@ def test_two_workers_train_as_one_with_the_whole_batch(
     assert summary.averaged
 
 
+@pytest.mark.long
 def test_the_first_workers_clock_ends_all_at_one_step(two_workers: Path) -> None:
     steps = [load_file(two_workers / f"seconds-{rank}.safetensors")["steps"].item() for rank in range(2)]
     assert steps[0] == steps[1] > 1
