@@ -10,9 +10,9 @@ LONG := .venv-long
 # The lower bound in pyproject.toml; a test holds the two together.
 LOWEST_TRANSFORMERS := 5.17.0
 TRANSFORMERS_TESTS := $(wildcard tests/models tests/laws tests/surgery tests/distill)
-# pip compiles modules one by one; COMPILE does it on all cores. Files for newer Pythons fail in it, as they do in pip.
+# pip would compile every module of every package; what is imported is compiled then, wherever that was forbidden.
 PIP_INSTALL := -m pip --disable-pip-version-check -q install --no-compile -c constraints.txt
-COMPILE := -m compileall -qq -j 0
+export PYTHONDONTWRITEBYTECODE :=
 # Two processes; the tests of a file stay together, so that they share what they set up.
 PYTEST := -m pytest -q -n 2 --dist loadfile --durations=10
 
@@ -89,7 +89,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call environment,$(VENV))
 	@echo "installing trihybrid and its test tools into $(VENV)"
 	@$(VENV)/bin/python $(PIP_INSTALL) -e ".[test]"
-	@$(VENV)/bin/python $(COMPILE) $(VENV)/lib || true
 	@touch $@
 
 # Where torchao is installed, transformers imports it in every process, which takes seconds.
@@ -97,7 +96,6 @@ $(LONG)/.installed: pyproject.toml constraints.txt
 	$(call environment,$(LONG))
 	@echo "installing trihybrid, its test tools and what its long tests need into $(LONG)"
 	@$(LONG)/bin/python $(PIP_INSTALL) -e ".[test,quantize,transformers-serving]"
-	@$(LONG)/bin/python $(COMPILE) $(LONG)/lib || true
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
@@ -109,14 +107,12 @@ $(LOWEST)/.installed: pyproject.toml constraints.txt
 	$(call environment,$(LOWEST))
 	@echo "installing trihybrid with transformers $(LOWEST_TRANSFORMERS) into $(LOWEST)"
 	@$(LOWEST)/bin/python $(PIP_INSTALL) "transformers==$(LOWEST_TRANSFORMERS)" -e ".[test]"
-	@$(LOWEST)/bin/python $(COMPILE) $(LOWEST)/lib || true
 	@touch $@
 
 $(NEWEST)/.installed: pyproject.toml constraints.txt
 	$(call environment,$(NEWEST))
 	@echo "installing trihybrid with the newest transformers into $(NEWEST)"
 	@$(NEWEST)/bin/python $(PIP_INSTALL) -e ".[test]"
-	@$(NEWEST)/bin/python $(COMPILE) $(NEWEST)/lib || true
 	@touch $@
 
 # A CPU build of torch brings no Triton: 0.7 GB, so it has an environment of its own. Triton 3.6 is the one of torch 2.11
@@ -125,5 +121,4 @@ $(TRITON)/.installed: pyproject.toml constraints.txt
 	$(call environment,$(TRITON))
 	@echo "installing trihybrid, Triton and an older numpy into $(TRITON)"
 	@$(TRITON)/bin/python $(PIP_INSTALL) "triton==3.6.*" "numpy<2.3" -e ".[test]"
-	@$(TRITON)/bin/python $(COMPILE) $(TRITON)/lib || true
 	@touch $@
