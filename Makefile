@@ -6,7 +6,7 @@ VENV := .venv
 LOWEST := .venv-transformers-lowest
 NEWEST := .venv-transformers-newest
 TRITON := .venv-triton
-LONG := .venv-long
+EXTRAS := .venv-extras
 # The lower bound in pyproject.toml; a test holds the two together.
 LOWEST_TRANSFORMERS := 5.17.0
 TRANSFORMERS_TESTS := $(wildcard tests/models tests/laws tests/surgery tests/distill)
@@ -31,9 +31,11 @@ test: setup ## run the tests
 	@echo "testing: pytest, with the ten slowest tests at the end"
 	@$(VENV)/bin/python $(PYTEST)
 
-test-long: $(LONG)/.installed ## the tests that `make test` leaves out: more processes and extras, benchmarks in small
+test-long: setup $(EXTRAS)/.installed ## the tests that `make test` leaves out: more processes and extras, benchmarks in small
 	@echo "testing: what takes long"
-	@$(LONG)/bin/python $(PYTEST) -m long
+	@$(VENV)/bin/python $(PYTEST) -m long
+	@echo "testing: what needs torchao or transformers serve"
+	@$(EXTRAS)/bin/python $(PYTEST) -m long tests/infer/test_weights.py tests/infer/test_transformers_serve.py
 
 demo: setup ## teacher, surgery, distillation, report, on this machine
 	@echo "running the demo"
@@ -65,7 +67,7 @@ browser-test: setup ## open the report in a headless Chromium
 
 clean: ## remove the environments, builds and caches; runs/ stays
 	@echo "removing environments, builds and caches"
-	@rm -rf $(VENV) $(LONG) $(LOWEST) $(NEWEST) $(TRITON) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	@rm -rf $(VENV) $(EXTRAS) $(LOWEST) $(NEWEST) $(TRITON) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 version = $(1)/bin/python -c 'from importlib.metadata import version; print(version("$(2)"))'
@@ -91,13 +93,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(VENV)/bin/python $(PIP_INSTALL) -e ".[test]"
 	@touch $@
 
-# Where torchao is installed, transformers imports it in every process, which takes seconds.
-$(LONG)/.installed: pyproject.toml constraints.txt
-	$(call environment,$(LONG))
-	@echo "installing trihybrid, its test tools and what its long tests need into $(LONG)"
-	@$(LONG)/bin/python $(PIP_INSTALL) -e ".[test,quantize,transformers-serving]"
+# Where torchao is installed, transformers imports it in every process, which takes seconds and writes warnings.
+$(EXTRAS)/.installed: pyproject.toml constraints.txt
+	$(call environment,$(EXTRAS))
+	@echo "installing trihybrid, its test tools and its extras into $(EXTRAS)"
+	@$(EXTRAS)/bin/python $(PIP_INSTALL) -e ".[test,quantize,transformers-serving]"
 	@# Compiled in a test, its invalid escapes would be errors, as all warnings are there.
-	@$(LONG)/bin/python -W ignore -c 'import torchao.quantization' 2>/dev/null
+	@$(EXTRAS)/bin/python -W ignore -c 'import torchao.quantization' 2>/dev/null
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
