@@ -37,7 +37,7 @@ def test_a_real_signal_lets_the_running_answer_finish(micro: ModuleType, model: 
         body = {
             "model": "student",
             "prompt": "the slow ",
-            "max_tokens": 150,
+            "max_tokens": 115,
             "stream": True,
             "temperature": 0,
         }
