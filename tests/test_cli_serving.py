@@ -48,7 +48,7 @@ def test_a_real_signal_lets_the_running_answer_finish(micro: ModuleType, model: 
             process.send_signal(signal.SIGTERM)
             events = (first + answer.read()).decode().split("\n\n")
         assert events[-2:] == ["data: [DONE]", ""]
-        assert len(events) > 100
+        assert len(events) > 80
         assert json.loads(events[-3].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
         rest = process.communicate(timeout=60)
         assert (process.returncode, rest) == (0, ("", ""))
