@@ -9,6 +9,7 @@ from torch import Tensor
 from trihybrid.distill.match import Matching
 from trihybrid.distill.pair import Pair
 from trihybrid.distill.section import NEW_MIXERS, AlignSection, MatchSection
+from trihybrid.distill.trained import roles_of
 from trihybrid.mixers.contract import ROLES, Mixer
 from trihybrid.ops.softcap import softcap
 
@@ -140,7 +141,7 @@ def test_frozen_parameters_get_no_gradient(make_teacher, make_student, block) ->
 def test_roles_cover_what_trains(make_teacher, make_student) -> None:
     teacher = make_teacher()
     pair = pair_of(teacher, make_student(teacher), "model.layers.3.*")
-    roles = pair.roles()
+    roles = roles_of(pair.student, pair.trained)
     assert roles.keys() == pair.trained.keys() and set(roles.values()) <= set(ROLES)
     prefix = "model.layers.5.self_attn"
     assert roles[f"{prefix}.rwkv7.w0"] == "decay"

@@ -15,6 +15,7 @@ from trihybrid.distill.align import Alignment
 from trihybrid.distill.match import Matching
 from trihybrid.distill.pair import Pair
 from trihybrid.distill.section import NEW_MIXERS
+from trihybrid.distill.trained import roles_of
 from trihybrid.models.anatomy import anatomy
 from trihybrid.surgery.calibrate import record_layers
 from trihybrid.testing import relative_error
@@ -164,7 +165,7 @@ def test_master_weights_of_a_bfloat16_llama_get_gradients(block) -> None:
     assert "model.layers.2.input_layernorm.weight" in again.trained
     for key, parameter in again.trained.items():
         assert parameter.grad is not None and parameter.grad.dtype == torch.float32, key
-    roles = again.roles()
+    roles = roles_of(again.student, again.trained)
     assert roles["model.layers.1.self_attn.rwkv7.key.bias"] == "vector"
     assert roles["model.layers.2.self_attn.q_proj.bias"] == "vector"
 

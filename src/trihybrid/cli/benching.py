@@ -50,7 +50,7 @@ def bench(
             context or [128, 512, 2048],
             batch or [1, 4],
             execution=execution,  # type: ignore[arg-type]
-            weights=weights,  # type: ignore[arg-type]
+            weights=weights,
         )
         del loaded
     if out is not None:

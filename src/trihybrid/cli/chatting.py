@@ -50,7 +50,7 @@ def chat(
     loaded, tokenizer = load_model(model), Tokenizer.from_file(model)
     prompt = ChatPrompt(model) if has_chat_template(model) else None
     ends = end_tokens(loaded, tokenizer)
-    engine = Engine(loaded, weights=weights)  # type: ignore[arg-type]
+    engine = Engine(loaded, weights=weights)
     talk = Chat(engine, tokenizer, prompt, ends, tokens, sampling, system)
     made_by = identity(model, tokenizer)
     console.print(HELP, markup=False, highlight=False)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -32,7 +32,7 @@ RecipeOut = Annotated[
     Path | None, typer.Option("--out", help="Run directory; runs/<recipe name> if not given.")
 ]
 WeightsName = Annotated[
-    str,
+    Literal["full", "int8", "int4"],
     typer.Option(
         "--weights",
         help="How linear maps are kept: full, or int8 or int4 (pip install 'trihybrid[quantize]').",

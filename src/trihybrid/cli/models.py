@@ -136,7 +136,7 @@ def generate(
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         loaded = load_model(model)
         opened = Tokenizer.from_file(model)
-        engine = Engine(loaded, weights=weights)  # type: ignore[arg-type]
+        engine = Engine(loaded, weights=weights)
         parts = pieces(engine, opened, prompt, tokens, sampling, stop or ())
         sys.stdout.write(prompt)
         for part in parts:

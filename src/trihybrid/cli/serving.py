@@ -73,7 +73,15 @@ def serve(
     with (
         bind(host, port) as listening,
         open_server(
-            model, name or model.resolve().name, limits, key, grace, chunk, device, execution, weights
+            model,
+            name or model.resolve().name,
+            limits,
+            key,
+            grace,
+            chunk,
+            device,
+            execution,  # type: ignore[arg-type]
+            weights,
         ) as server,
     ):
         address = f"[{host}]" if ":" in host else host

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from trihybrid.distill.fuse import fuse
 from trihybrid.distill.together import Together
-from trihybrid.distill.trained import roles_of, select
+from trihybrid.distill.trained import select
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.decoder.model import Stream
 from trihybrid.models.decoder.sliding import linear_sliding
@@ -77,10 +77,6 @@ class Pair(nn.Module):
         if not student.config.tie_word_embeddings:
             _check_equal(teacher.lm_head, student.lm_head, "lm_head.")
         self.teacher_layers.requires_grad_(False)
-
-    def roles(self) -> dict[str, str]:
-        """Role of every trained parameter."""
-        return roles_of(self.student, self.trained)
 
     def prepare(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Stream]:
         """Hidden states [B, T, D] and the stream with what the layers of both need; without gradient."""

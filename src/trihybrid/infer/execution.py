@@ -1,11 +1,10 @@
 """How a decoding step runs: operator by operator, compiled, or as a CUDA graph, plain or with fused parts.
 
 What differs is how the tensors of a step reach `Network.decode`, and nothing else. On a CPU a small model is bound by
-what every operator costs beside its sums; compiled, a step is one call. Compiling takes most of a minute for six small
-layers, and again when several sequences first decode together or the store first grows; tables of any width are one
-program, and a later process finds it in torch's folder. A graph is recorded the first time that so many sequences with
-tables so wide meet, a second or so; tables widen by doubling. It names the pages by their addresses, so it is recorded
-anew when the store has grown.
+what every operator costs beside its sums; compiled, a step is one call. Compiling takes a minute or so for six small
+layers, and again when several sequences first decode together; tables of any width are one program, and a later process
+finds it in torch's folder. A graph is recorded the first time that so many sequences with tables so wide meet, a second
+or so; tables widen by doubling. It names the pages by their addresses, so it is recorded anew when the store has grown.
 
 Legend: B sequences, M pages in a table, V vocabulary.
 """
@@ -64,7 +63,7 @@ class EagerDecoder:
 
 
 class CompiledDecoder(EagerDecoder):
-    """Programs of torch.compile: one for a sequence alone, one for several, and both anew when the store first grows.
+    """Programs of torch.compile: one for a sequence alone, one for several.
 
     Args:
         network: on a CPU.

@@ -4,17 +4,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 from trihybrid.data.tokens import Tokenizer
 from trihybrid.infer.chat import end_tokens
-from trihybrid.infer.engine import Engine
+from trihybrid.infer.engine import Engine, Execution
 from trihybrid.infer.server.app import make_app
 from trihybrid.infer.server.limits import Limits
 from trihybrid.infer.server.metrics import Metrics
 from trihybrid.infer.server.process import Server
 from trihybrid.infer.server.scheduler import Scheduler
 from trihybrid.infer.server.served import Served
+from trihybrid.infer.weights import Weights
 from trihybrid.models.checkpoint import load_model
 
 
@@ -27,8 +27,8 @@ def open_server(
     grace: float = 30,
     chunk: int = 512,
     device: str = "cpu",
-    execution: str = "eager",
-    weights: str = "full",
+    execution: Execution = "eager",
+    weights: Weights = "full",
 ) -> Iterator[Server]:
     """A server that can be run; its threads end with the context.
 
@@ -50,8 +50,7 @@ def open_server(
     except RuntimeError as error:
         raise ValueError(f"device {device}: {error}") from None
     ends = frozenset(end_tokens(model, tokenizer))
-    how: Any = {"execution": execution, "weights": weights}
-    engine = Engine(model, rows=limits.rows, chunk=chunk, **how)
+    engine = Engine(model, rows=limits.rows, chunk=chunk, execution=execution, weights=weights)
     with assemble(
         engine, Served(folder, tokenizer, engine.vocabulary, ends, name, limits), key, grace
     ) as server:
