@@ -10,6 +10,7 @@ from distances import distance
 from trihybrid.distill.align import Alignment, AlignTask, relative_distance
 from trihybrid.distill.pair import Pair
 from trihybrid.distill.section import NEW_MIXERS
+from trihybrid.distill.trained import roles_of
 from trihybrid.surgery.calibrate import record_layers
 from trihybrid.testing import relative_error
 
@@ -162,7 +163,7 @@ def test_task(make_teacher, make_student, make_batch) -> None:
     pair = pair_of(teacher, make_student(teacher))
     task = AlignTask(pair)
     loss, metrics = task.loss(make_batch(1))
-    assert task.parameters() is pair.trained and task.roles() == pair.roles()
+    assert task.parameters() is pair.trained and task.roles() == roles_of(pair.student, pair.trained)
     assert task.tokens(make_batch(1)) == 48
     assert not any(value.requires_grad for value in metrics.values())
     assert torch.stack(list(metrics.values())).mean().item() == pytest.approx(loss.item())
