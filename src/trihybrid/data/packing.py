@@ -81,6 +81,23 @@ class Batch:
             )
         ]
 
+    def part(self, index: int, count: int) -> "Batch":
+        """Part `index` of the `count` equal ones, one after the other, that the inputs of every row are cut into, with
+        their targets; a view.
+
+        Raises:
+            ValueError: for an index outside 0..count - 1, or rows of a length that `count` does not divide.
+        """
+        length = self.tokens_BT.shape[1] - 1
+        if not 0 <= index < count or length % count:
+            raise ValueError(
+                f"index is {index} of count {count}, in rows of {length} tokens: needs 0 <= index < count, and a count "
+                "that divides the tokens of a row"
+            )
+        size = length // count
+        own = slice(index * size, (index + 1) * size + 1)
+        return Batch(self.tokens_BT[:, own], self.positions_BT[:, own])
+
 
 class PackedBatches:
     """Training batches, shuffled or not; `batch(step)` depends on nothing but the arguments.

@@ -20,6 +20,7 @@ from trihybrid.distill.pair import Pair
 from trihybrid.distill.task import LossTask
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.decoder.model import Stream
+from trihybrid.ops.part import Part
 
 
 class Alignment(nn.Module):
@@ -71,7 +72,8 @@ class Alignment(nn.Module):
         mix = model.layers[index].self_attn.mix
         arguments = (record["input"], ours.span, ours.shared, None)
         y_BTD = checkpoint(mix, *arguments, use_reentrant=False) if self.checkpointing else mix(*arguments)
-        loss = relative_distance(model.received(index, y_BTD), model.received(index, record["output"]))
+        ours_BTD, theirs_BTD = (model.received(index, x_BTD) for x_BTD in (y_BTD, record["output"]))
+        loss = relative_distance(ours_BTD, theirs_BTD, stream.span.part)
         return hidden_BTD, loss
 
 
@@ -86,28 +88,34 @@ class AlignTask(LossTask):
         return loss, {name: value.detach() for name, value in losses.items()}
 
 
-def relative_distance(x: Tensor, target: Tensor) -> Tensor:
+def relative_distance(x: Tensor, target: Tensor, part: Part | None = None) -> Tensor:
     """|x - target|^2 / |target|^2 of each row [B, ...], averaged over the rows, so that the mean over equal parts of a
     batch is that of the whole; in float32 or wider, a scalar, 0 where they are equal. No gradient goes to the target,
-    and for the backward pass both wait as they are, not their difference in float32."""
-    return _RelativeDistance.apply(x, target.detach())
+    and for the backward pass both wait as they are, not their difference in float32.
+
+    Of rows in parts, x and target are those of one `part`, and what is below the line is the whole row's. The share of a
+    part counts as many times as there are parts, so that the mean over the parts is the distance of the rows."""
+    return _RelativeDistance.apply(x, target.detach(), part)
 
 
 class _RelativeDistance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, target: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, target: Tensor, part: Part | None) -> Tensor:
         wide, aim = (_wide(t) for t in (x, target))
-        size_B = aim.pow(2).flatten(1).sum(1).clamp(min=torch.finfo(aim.dtype).tiny)
+        size_B = aim.pow(2).flatten(1).sum(1)
+        if part is not None:
+            size_B = part.total(size_B) / part.count
+        size_B = size_B.clamp(min=torch.finfo(aim.dtype).tiny)
         ctx.save_for_backward(x, target, size_B)
         return ((wide - aim).pow(2).flatten(1).sum(1) / size_B).mean()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         x, target, size_B = ctx.saved_tensors
         factor_B = 2 * gradient / (len(size_B) * size_B)
         rows = factor_B.view(-1, *[1] * (x.dim() - 1))
-        return ((_wide(x) - _wide(target)).mul_(rows)).to(x.dtype), None
+        return ((_wide(x) - _wide(target)).mul_(rows)).to(x.dtype), None, None
 
 
 def _wide(x: Tensor) -> Tensor:

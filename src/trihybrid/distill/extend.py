@@ -3,7 +3,7 @@
     L = - mean over tokens of log p_S(next token),     p_S = softmax of the softcapped logits
 
 The other way, the KL of stage 2 on longer rows, is `Matching` with an alignment weight of 0.
-Legend: B batch, T time, D model width, N = B T.
+Legend: B batch, T time, D model width, V vocabulary, N = B T.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,7 @@ from trihybrid.distill.trained import select
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.decoder.sliding import linear_sliding
 from trihybrid.ops.divergence import VOCABULARY_BLOCK, softcapped_cross_entropy
+from trihybrid.ops.part import Part
 
 
 class Extension(nn.Module):
@@ -30,6 +31,7 @@ class Extension(nn.Module):
         chunk, block: tokens, and words of the vocabulary, whose logits exist at once.
         checkpointing: recompute layers in the backward pass.
         kept_layers: with checkpointing, that many layers at the top keep what they computed.
+        part: which part of its rows this process has, where several share them.
 
     Raises:
         ValueError: patterns that match nothing; parts that may not train, or not in this dtype.
@@ -43,8 +45,10 @@ class Extension(nn.Module):
         block: int = VOCABULARY_BLOCK,
         checkpointing: bool = True,
         kept_layers: int = 0,
+        part: Part | None = None,
     ) -> None:
         super().__init__()
+        self.part = part
         fuse(student, student)
         linear_sliding(student)
         self.student, self.chunk, self.block = student, chunk, block
@@ -54,14 +58,19 @@ class Extension(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean cross-entropy in nats for int64 tokens and positions [B, T] and their next tokens, -100 where none is
-        to be predicted."""
+        to be predicted; of a part without any, 0."""
         model = self.student.model
-        hidden_BTD, stream = model.prepare(input_ids, position_ids=position_ids)
+        hidden_BTD, stream = model.prepare(input_ids, position_ids=position_ids, part=self.part)
         for index, layer in enumerate(self.layers):
             hidden_BTD = layer(run_layer, model, index, hidden_BTD, stream, index < self.recomputed)
+        # Gathered by all workers where it is shared out, so by this one in any case.
+        head_VD = self.student.lm_head.weight
+        if self.part is not None and not bool((targets_BT != IGNORED).any()):
+            # The other parts wait for the backward pass of this one.
+            return 0.0 * hidden_BTD.sum()
         return softcapped_cross_entropy(
             model.norm(hidden_BTD).flatten(0, 1),
-            self.student.lm_head.weight,
+            head_VD,
             targets_BT.flatten(),
             self.student.config.final_logit_softcapping,
             chunk=self.chunk,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trihybrid.mixers.contract import Shared
 from trihybrid.models.decoder.model import Stream
-from trihybrid.models.decoder.sliding import Window
+from trihybrid.models.decoder.sliding import Mask, Window
 from trihybrid.ops.sliding_attention import Documents
 from trihybrid.train.graph import GraphedGradients
 
@@ -121,7 +121,7 @@ def _with_borders(stream: Stream) -> Stream:
     visible_BTS = span.visible(span.length)
     assert visible_BTS is not None
     documents = Documents(span.positions_BT, borders=True)
-    masks: dict[str, Tensor | Window | None] = {
+    masks: dict[str, Mask] = {
         kind: replace(mask, documents=documents) if isinstance(mask, Window) else visible_BTS[:, None]
         for kind, mask in stream.masks.items()
     }
@@ -131,7 +131,7 @@ def _with_borders(stream: Stream) -> Stream:
 def _put_together(tensors: dict[str, Tensor], stream: Stream) -> Stream:
     """`stream` with other tensors, and empty records of what is shared."""
     span = replace(stream.span, positions_BT=tensors["positions"])
-    masks: dict[str, Tensor | Window | None] = {}
+    masks: dict[str, Mask] = {}
     for kind, mask in stream.masks.items():
         if isinstance(mask, Window):
             # No document is longer than its row.

@@ -117,7 +117,7 @@ class Matching(nn.Module):
         teacher_BTD = self.pair.teacher_layer(index, teacher_BTD, stream)
         recompute = index < self.recomputed
         student_BTD = run_layer(self.student.model, index, student_BTD, ours, recompute)
-        return teacher_BTD, student_BTD, relative_distance(student_BTD, teacher_BTD)
+        return teacher_BTD, student_BTD, relative_distance(student_BTD, teacher_BTD, stream.span.part)
 
 
 class MatchTask(LossTask):
@@ -127,9 +127,11 @@ class MatchTask(LossTask):
         """`graph`: on a GPU, record loss and gradients once and replay them.
 
         Raises:
-            ValueError: `graph` on a GPU for a recurrence in more than half precision.
+            ValueError: `graph` on a GPU for a recurrence in more than half precision, or for rows in parts.
         """
         super().__init__(module)
+        if graph and module.pair.part is not None:
+            raise ValueError("graph: true for rows in parts, which wait for each other; give no graph")
         on_gpu = next(iter(module.pair.trained.values())).is_cuda
         if graph and on_gpu:
             check_recordable(module.pair.student)

@@ -18,6 +18,7 @@ from trihybrid.distill.trained import select
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.decoder.model import Stream
 from trihybrid.models.decoder.sliding import linear_sliding
+from trihybrid.ops.part import Part
 
 
 class RecordingAttention(nn.Module):
@@ -46,14 +47,22 @@ class Pair(nn.Module):
         student: what is trained.
         teacher: the model it was made from. It is taken apart: use it for nothing else afterwards.
         train: patterns (with *) of the student's parameter names that train; all others are frozen.
+        part: which part of its rows this process has, where several share them.
 
     Raises:
         ValueError: patterns that match nothing; parts that may not train, or not in this dtype; a teacher whose
             retained tensors are not the student's.
     """
 
-    def __init__(self, student: HybridForCausalLM, teacher: PreTrainedModel, train: Sequence[str]) -> None:
+    def __init__(
+        self,
+        student: HybridForCausalLM,
+        teacher: PreTrainedModel,
+        train: Sequence[str],
+        part: Part | None = None,
+    ) -> None:
         super().__init__()
+        self.part = part
         for model in (student, teacher):
             fuse(student, model)
             linear_sliding(model)
@@ -83,7 +92,7 @@ class Pair(nn.Module):
         model = self.student.model
         types = {attention.layer_type for attention in model.anatomy.attentions}
         with torch.no_grad():
-            return model.prepare(input_ids, position_ids=position_ids, layer_types=types)
+            return model.prepare(input_ids, position_ids=position_ids, layer_types=types, part=self.part)
 
     @torch.no_grad()
     def teacher_layer(

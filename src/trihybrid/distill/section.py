@@ -21,6 +21,37 @@ class StageSection(TrainSection):
         description="under torchrun, what each process holds: replicate, all weights; shard, its rows of them (FSDP2), "
         "less memory and more traffic",
     )
+    context: int = Field(
+        default=1,
+        ge=1,
+        description="under torchrun, how many processes share each row, each with an equal and contiguous part of its "
+        "tokens; divides the number of processes and loop.sequence_length",
+    )
+
+    @model_validator(mode="after")
+    def _parts_of_rows_are_equal(self) -> "StageSection":
+        length = self.loop.sequence_length
+        if length % self.context:
+            raise ValueError(
+                f"context: {self.context} does not divide loop.sequence_length {length}; give a divisor, or a length "
+                f"that is a multiple of {self.context}"
+            )
+        return self
+
+    def sharers(self, processes: int) -> int:
+        """How many of so many processes share each row: `context`, or 1 for a process that is alone.
+
+        Raises:
+            ValueError: `context` does not divide them.
+        """
+        if processes == 1:
+            return 1
+        if processes % self.context:
+            raise ValueError(
+                f"context: {self.context} does not divide the {processes} processes; give one of "
+                f"{', '.join(str(n) for n in range(1, processes + 1) if processes % n == 0)}, or start another number"
+            )
+        return self.context
 
 
 class AlignSection(StageSection):
@@ -96,6 +127,11 @@ class MatchSection(VocabularySection):
             raise ValueError(
                 "graph: true with parallel 'shard', whose weights come and go in every step; give parallel "
                 "'replicate', or no graph"
+            )
+        if self.graph and self.context > 1:
+            raise ValueError(
+                f"graph: true with context {self.context}, whose processes wait for each other in every layer; give "
+                "context 1, or no graph"
             )
         return self
 

@@ -4,10 +4,12 @@ One `Span` is built per forward pass and every layer reads it, so that a window,
 can never disagree about a document border. Legend: B batch, T tokens of this block, S keys.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from trihybrid.ops.part import Part
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,15 @@ class Span:
         start: number of tokens that every row has already put into its state (padding counted).
         valid_BT: bool, False on padding; None when nothing is padding.
         borders: whether some row holds more than one document, up to the end of this block.
+        part: the block is this part of rows that lie on several processes, and its mixers ask it for what the parts
+            before have, in the place of a state. None where a process has all of a row.
     """
 
     positions_BT: Tensor
     start: int = 0
     valid_BT: Tensor | None = None
     borders: bool = False
+    part: Part | None = None
 
     @property
     def length(self) -> int:
@@ -36,7 +41,8 @@ class Span:
         return self.positions_BT == 0 if self.borders else None
 
     def visible(self, keys: int, window: int | None = None, first: int = 0) -> Tensor | None:
-        """Which of `keys` stored tokens each query may read, bool [B, T, keys], or None for plain causal attention.
+        """Which of `keys` stored tokens each query may read, bool [B, T, keys], or None for plain causal attention
+        (in a part, of the last T of the keys).
 
         Args:
             keys: number of stored keys; those at or after the end of this block (a preallocated cache) are hidden.
@@ -48,7 +54,8 @@ class Span:
         """
         end = self.start + self.length
         simple = self.valid_BT is None and not self.borders and (window is None or end - first <= window)
-        if simple and first + keys == end and (self.start == first or self.length == 1):
+        plain = self.start == first or self.length == 1 or self.part is not None
+        if simple and first + keys == end and plain:
             return None
         device = self.positions_BT.device
         query_T = torch.arange(self.start, end, device=device)
@@ -77,6 +84,16 @@ def packed(positions_BT: Tensor, start: int = 0) -> Span:
     # A block that begins inside a later document has no restart of its own, and still must not see earlier documents.
     borders = bool((positions_BT[:, 1:] == 0).any()) or bool((positions_BT[:, 0] != start).any())
     return Span(positions_BT, start, borders=borders)
+
+
+def part_of_rows(positions_BT: Tensor, part: Part) -> Span:
+    """One part of rows of documents, from the positions of its own tokens; all parts are equally long. The mixers of
+    converted students, `rwkv7` and `tica`, know of parts.
+
+    Raises:
+        ValueError: as `packed`.
+    """
+    return replace(packed(positions_BT, part.index * positions_BT.shape[1]), part=part)
 
 
 def from_lengths(lengths: list[int], device: torch.device | str = "cpu") -> Span:

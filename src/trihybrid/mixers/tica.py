@@ -73,7 +73,15 @@ class Tica(Mixer):
         self, x_BTD: Tensor, span: Span, state: State | None, shared: Shared
     ) -> tuple[Tensor, State | None]:
         q_BTHN = self.queries(x_BTD)
+        if span.part is not None and state is not None:
+            raise ValueError(
+                "state: a part of rows reads what lies before it from the other parts; give no state"
+            )
         k_BGSN, v_BGSN, after = self._all_keys_values(x_BTD, state, shared)
+        if span.part is not None:
+            # Published and kept are the part's own.
+            k_BSGN, v_BSGN = span.part.lengthened(k_BGSN.transpose(1, 2), v_BGSN.transpose(1, 2))
+            k_BGSN, v_BGSN = k_BSGN.transpose(1, 2), v_BSGN.transpose(1, 2)
         visible_BTS = span.visible(k_BGSN.shape[2])
         att_BTHN = attention(q_BTHN, k_BGSN, v_BGSN, visible_BTS, self.scale)
         return self.outputs(x_BTD, att_BTHN), after

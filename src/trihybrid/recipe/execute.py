@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from trihybrid.distill.trained import set_parameters
 from trihybrid.models.checkpoint import load_student, load_teacher
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.shapes import TeacherConfig
+from trihybrid.ops.part import Part
 from trihybrid.pretrain.task import PretrainTask
 from trihybrid.recipe.load import dump_recipe, load_conversion
 from trihybrid.recipe.measure import measure
@@ -94,17 +95,27 @@ class Run:
             self.lineage.append(name, parent, wanted, output, time.perf_counter() - began)
         return output
 
-    def train(self, name: str, parent: str, stage_hash: str, task: Task, section: TrainSection) -> None:
-        """Train a task to the end of its stage, from its newest checkpoint on. Workers take the rows of a step in turn:
-        together they see the same rows, however many they are."""
-        loop, workers = section.loop, self.workers
+    def train(
+        self,
+        name: str,
+        parent: str,
+        stage_hash: str,
+        task: Task,
+        section: TrainSection,
+        workers: Workers,
+    ) -> None:
+        """Train a task to the end of its stage, from its newest checkpoint on. Workers take the rows of a step in turn,
+        alone or those who share rows together: all of them see the same rows, however many they are."""
+        loop = section.loop
         packed = PackedBatches(self.data.train, loop.sequence_length, loop.batch_size, loop.seed)
+        place = workers.rank % workers.context
 
         def batch(step: int) -> Batch:
-            return packed.batch(step, workers.rank, workers.count)
+            return packed.batch(step, workers.share, workers.shares).part(place, workers.context)
 
         def name_batch(step: int) -> str:
-            return packed.name(step, workers.rank, workers.count)
+            rows = packed.name(step, workers.share, workers.shares)
+            return rows if workers.context == 1 else f"part {place} of {workers.context} of {rows}"
 
         checkpoints = Checkpoints(self.directory.checkpoints(name), stage_hash, parent)
         with ExitStack() as stack:
@@ -176,11 +187,13 @@ def check_recipe(recipe: Recipe, workers: int = 1) -> TeacherConfig:
     """The teacher's configuration, if teacher, layout and tokenizer go together; writes nothing, reads no text.
 
     Raises:
-        ValueError: a teacher, layout, tokenizer or tracker that does not serve, or a batch that does not divide among
-            so many workers.
+        ValueError: a teacher, layout, tokenizer or tracker that does not serve, or a batch or rows that do not divide
+            among so many workers.
     """
-    for section in filter(None, [recipe.teacher.pretrain, *recipe.stages]):
-        check_division(section.loop, workers)
+    if recipe.teacher.pretrain is not None:
+        check_division(recipe.teacher.pretrain.loop, workers)
+    for stage in recipe.stages:
+        check_division(stage.loop, workers // stage.sharers(workers))
     check_trackers(recipe.tracking)
     tokenizer = load_tokenizer(recipe.data)
     if recipe.teacher.pretrain is not None:
@@ -263,7 +276,8 @@ def _make_teacher(run: Run) -> str:
             torch.manual_seed(section.loop.seed)
             model = Gemma4ForCausalLM(section.configuration(run.data.tokenizer.vocab_size))
             model.to(run.workers.device)
-            run.train("teacher", "", stage_hash, PretrainTask(model, section.chunk, section.dtype), section)
+            task = PretrainTask(model, section.chunk, section.dtype)
+            run.train("teacher", "", stage_hash, task, section, run.workers)
             if section.dtype is not None:
                 model.to(section.dtype)
 
@@ -311,8 +325,11 @@ def _distil(run: Run, stage: Stage, before: str, parent: str) -> str:
 
     def make(stage_hash: str) -> None:
         student = load_student(run.directory.model(before))
-        task = _task(run, stage, student)
-        run.train(name, parent, stage_hash, task, stage)
+        workers = replace(run.workers, context=stage.sharers(run.workers.count))
+        if stage.context > workers.context:
+            _logger.info("context: one process computes whole rows, there is nobody to share them with")
+        task = _task(run, stage, student, workers)
+        run.train(name, parent, stage_hash, task, stage, workers)
         trained = task.whole_parameters()
         if run.workers.first:
             if task.rows():
@@ -329,11 +346,11 @@ def _distil(run: Run, stage: Stage, before: str, parent: str) -> str:
     return run.phase(name, parent, stage.model_dump(mode="json"), make)
 
 
-def _task(run: Run, stage: Stage, student: HybridForCausalLM) -> LossTask:
-    workers = run.workers
+def _task(run: Run, stage: Stage, student: HybridForCausalLM, workers: Workers) -> LossTask:
     shard = stage.parallel == "shard" and workers.count > 1
     # Weights that will be shared out go to the device in parts.
-    task = _whole_task(run, stage, student, torch.device("cpu") if shard else workers.device)
+    device = torch.device("cpu") if shard else workers.device
+    task = _whole_task(run, stage, student, device, workers.part())
     if shard:
         task.shard(workers)
     elif stage.parallel == "shard":
@@ -341,11 +358,13 @@ def _task(run: Run, stage: Stage, student: HybridForCausalLM) -> LossTask:
     return task
 
 
-def _whole_task(run: Run, stage: Stage, student: HybridForCausalLM, device: torch.device) -> LossTask:
+def _whole_task(
+    run: Run, stage: Stage, student: HybridForCausalLM, device: torch.device, part: Part | None
+) -> LossTask:
     if isinstance(stage, ExtendSection) and stage.loss == "cross_entropy":
         sizes = (stage.chunk, stage.block, stage.checkpointing, stage.kept_layers)
-        return ExtendTask(Extension(student, stage.train, *sizes).to(device))
-    pair = Pair(student, load_teacher(run.directory.model("teacher")), stage.train).to(device)
+        return ExtendTask(Extension(student, stage.train, *sizes, part=part).to(device))
+    pair = Pair(student, load_teacher(run.directory.model("teacher")), stage.train, part).to(device)
     if isinstance(stage, AlignSection):
         return AlignTask(pair, stage.checkpointing)
     if isinstance(stage, ExtendSection):

@@ -1,4 +1,5 @@
-"""Data parallel training: every worker holds the whole model and takes an equal share of each batch.
+"""Data parallel training: every worker holds the whole model and takes an equal share of each batch: some of its rows,
+or, where `context` workers share rows, a part of the tokens of some rows.
 
 What has to be the same everywhere is made so: parameters and torch's generators come from the first worker at the
 start, gradients are averaged before they are clipped, and where the clock decides, the first worker's clock does.
@@ -18,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trihybrid.ops.part import Part
+
 _logger = logging.getLogger(__name__)
 
 
@@ -30,16 +33,35 @@ class Workers:
         rank: this one's number, from 0.
         count: how many there are.
         device: where this one keeps its model.
+        context: how many workers, one after the other, share each row; it divides `count`.
     """
 
     rank: int = 0
     count: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    context: int = 1
 
     @property
     def first(self) -> bool:
         """Whether this worker is the one that writes and decides."""
         return self.rank == 0
+
+    @property
+    def shares(self) -> int:
+        """Into how many equal shares the rows of a batch are cut."""
+        return self.count // self.context
+
+    @property
+    def share(self) -> int:
+        """The number of this worker's share, from 0."""
+        return self.rank // self.context
+
+    def part(self) -> Part | None:
+        """Which part of its rows is this worker's; None where it has whole rows. All workers ask at once."""
+        if self.context == 1:
+            return None
+        group, _ = dist.new_subgroups(self.context)
+        return Part(self.rank % self.context, self.context, group)
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite these tensors by those of the first worker; shapes, dtypes and order are the same everywhere."""

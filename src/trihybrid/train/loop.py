@@ -124,7 +124,8 @@ def check_division(loop: LoopSection, workers: int) -> None:
     """See that a batch divides into equal parts.
 
     Raises:
-        ValueError: `batch_size` is no multiple of `accumulate` times the number of workers.
+        ValueError: `batch_size` is no multiple of `accumulate` times the number of workers, where a group that shares
+            rows counts as one.
     """
     if loop.batch_size % (loop.accumulate * workers):
         raise ValueError(
@@ -139,7 +140,7 @@ def _check_parts(task: Task, section: TrainSection, workers: Workers) -> None:
         raise ValueError(
             f"loop.accumulate: {loop.accumulate}, but {type(task).__name__} cannot split a batch; give 1"
         )
-    check_division(loop, workers.count)
+    check_division(loop, workers.shares)
 
 
 def _begin(

@@ -39,6 +39,7 @@ from trihybrid.mixers.state import RecurrentState, State
 from trihybrid.ops.rotary.definition import rotate
 from trihybrid.ops.wkv7 import wkv7
 from trihybrid.ops.wkv7.grouped import wkv7_grouped
+from trihybrid.ops.wkv7.parts import wkv7_parts
 
 DECAY_FLOOR = -math.exp(-0.5)
 """log W approaches this from above: -exp(-1/2), about -0.6065."""
@@ -159,12 +160,16 @@ class Rwkv7(Mixer):
         if state is not None and not isinstance(state, RecurrentState):
             raise ValueError(f"rwkv7 needs a RecurrentState, got {type(state).__name__}")
         before_BHNN = None if state is None else state.matrix_BHKV
-        if self.options.shares_keys:
+        if self.options.shares_keys and span.part is None:
             tokens, g_BTC = self._grouped(x_BTD, span, shared)
             o_BTHN, matrix_BHNN = wkv7_grouped(*tokens, before_BHNN, span.reset_BT, self.backend)
             return self._scaled(o_BTHN).flatten(-2).to(g_BTC.dtype), g_BTC, RecurrentState(matrix_BHNN)
         operands = self.operands(x_BTD, span, shared)
-        o_BTHN, matrix_BHNN = wkv7(*operands.tokens, before_BHNN, span.reset_BT, self.backend)
+        arguments = (*operands.tokens, before_BHNN, span.reset_BT)
+        if span.part is None:
+            o_BTHN, matrix_BHNN = wkv7(*arguments, self.backend)
+        else:
+            o_BTHN, matrix_BHNN = wkv7_parts(*arguments, span.part, self.backend)
         return self.reads(o_BTHN, operands), operands.gate_BTC, RecurrentState(matrix_BHNN)
 
     def operands(

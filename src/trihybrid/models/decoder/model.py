@@ -28,13 +28,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from trihybrid.mixers.contract import Mixer, Shared
-from trihybrid.mixers.span import Span
+from trihybrid.mixers.span import Span, part_of_rows
 from trihybrid.models.anatomy import TYPES, anatomy
 from trihybrid.models.arguments import build_span, refuse_media
 from trihybrid.models.cache import CACHE, given_cache, seen_tokens
 from trihybrid.models.decoder.config import HybridConfig
-from trihybrid.models.decoder.sliding import SLIDING, Window, window_of_span
+from trihybrid.models.decoder.sliding import SLIDING, Earlier, Mask, window_of_span
 from trihybrid.models.decoder.slot import ConvertedSlot
+from trihybrid.ops.part import Part
 
 MASKED = ("eager", "sdpa", "flex_attention", SLIDING)
 """Attention implementations that see what their mask says. The others ask the teacher's module for a window, and a full
@@ -56,7 +57,7 @@ class Stream:
     """
 
     span: Span
-    masks: dict[str, Tensor | Window | None]
+    masks: dict[str, Mask]
     rotary: dict[str, tuple[Tensor, Tensor]]
     position_ids: Tensor
     cache: Cache | None
@@ -179,12 +180,18 @@ class HybridModel(HybridPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         per_layer_inputs: Tensor | None = None,
         layer_types: Iterable[str] = (),
+        part: Part | None = None,
     ) -> tuple[Tensor, Stream]:
         """Embed tokens and build all that the layers read. `layer_types` names attention types that need masks and
-        rotary tables beside those of the retained slots: those of a teacher's layers that run in their place.
+        rotary tables beside those of the retained slots: those of a teacher's layers that run in their place. With
+        `part` the tokens are this part of rows that lie on several processes, at their `position_ids`.
 
         Returns:
             hidden states [B, T, D] and the stream.
+
+        Raises:
+            ValueError: arguments that do not go together; in parts, rotary frequencies that depend on the length, or an
+                attention implementation of transformers' own.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -194,7 +201,12 @@ class HybridModel(HybridPreTrainedModel):
         per_layer_BTLP = self.per_layer(input_ids, hidden_BTD, per_layer_inputs)
         batch, length = hidden_BTD.shape[:2]
         start = seen_tokens(cache)
-        span = build_span(batch, length, start, attention_mask, position_ids, hidden_BTD.device)
+        if part is None:
+            span = build_span(batch, length, start, attention_mask, position_ids, hidden_BTD.device)
+        else:
+            if position_ids is None or attention_mask is not None or cache is not None:
+                raise ValueError("part: rows in parts want position_ids, and neither a mask nor a cache")
+            span = part_of_rows(position_ids.expand(batch, length), part)
         if position_ids is None:
             position_ids = torch.arange(start, start + length, device=hidden_BTD.device)[None]
         retained = [index for index, slot in enumerate(self.slots) if not slot.converted]
@@ -220,7 +232,7 @@ class HybridModel(HybridPreTrainedModel):
         position_ids: Tensor,
         cache: Cache | None,
         span: Span,
-    ) -> dict[str, Tensor | Window | None]:
+    ) -> dict[str, Mask]:
         self.base._attn_implementation = self.config._attn_implementation
         self.base._experts_implementation = self.config._experts_implementation
         if any(slot.window for slot in self.slots) and self.config._attn_implementation not in MASKED:
@@ -228,13 +240,18 @@ class HybridModel(HybridPreTrainedModel):
                 f'attn_implementation is "{self.config._attn_implementation}"; full layers that became sliding ones '
                 f"need one that follows its mask: {', '.join(MASKED)}"
             )
+        if span.part is not None:
+            self._check_parts()
         whole = cache is None and span.valid_BT is None
         linear = self.config._attn_implementation == SLIDING and whole
-        masks: dict[str, Tensor | Window | None] = {}
+        masks: dict[str, Mask] = {}
         for kind in layer_types:
             if linear and kind == "sliding_attention":
                 assert self.config.sliding_window is not None
                 masks[kind] = window_of_span(span, self.config.sliding_window)
+                continue
+            if span.part is not None:
+                masks[kind] = Earlier(span, span.part)
                 continue
             create = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
             masks[kind] = create(
@@ -247,6 +264,20 @@ class HybridModel(HybridPreTrainedModel):
                 **{CACHE: None if span.borders else cache},
             )
         return masks
+
+    def _check_parts(self) -> None:
+        if self.config._attn_implementation != SLIDING:
+            raise ValueError(
+                f'attn_implementation is "{self.config._attn_implementation}"; rows in parts (context) need "sdpa", in '
+                "whose place distillation puts ours: load the models with it"
+            )
+        kinds = getattr(self.rotary_emb, "rope_type", "default")
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if kind in ("dynamic", "longrope"):
+                raise ValueError(
+                    f'rope_type is "{kind}", whose frequencies depend on the length of a row, of which a part knows '
+                    "only its own; set context to 1"
+                )
 
     def layer(
         self,

@@ -3,34 +3,13 @@
 Shapes: B batch, T time (of this process's part), H heads, K key width, V value width. `parts` holds the maths.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trihybrid.ops.part import Part
 from trihybrid.ops.wkv7 import wkv7
 from trihybrid.ops.wkv7.parts import wkv7_parts
-
-
-@dataclass(frozen=True)
-class _Ranks:
-    """Part p is that of rank p of a group."""
-
-    group: dist.ProcessGroup | None
-
-    def gather(self, own: Tensor) -> Tensor:
-        every_P = own.new_empty(dist.get_world_size(self.group), *own.shape)
-        dist.all_gather(list(every_P.unbind()), own.contiguous(), group=self.group)
-        return every_P
-
-    def take(self, every_P: Tensor) -> Tensor:
-        return every_P[dist.get_rank(self.group)]
-
-    def total(self, x: Tensor) -> Tensor:
-        whole = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(whole, group=self.group)
-        return whole
 
 
 @torch.compiler.disable
@@ -77,6 +56,7 @@ def wkv7_context(
             f"group: process {dist.get_rank()} is not in it; only its members may call wkv7_context"
         )
     tensors = (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
-    if dist.get_world_size(group) == 1:
+    part = Part(dist.get_rank(group), dist.get_world_size(group), group)
+    if part.count == 1:
         return wkv7(*tensors, state_BHKV, reset_BT, backend)
-    return wkv7_parts(*tensors, state_BHKV, reset_BT, _Ranks(group), backend)
+    return wkv7_parts(*tensors, state_BHKV, reset_BT, part, backend)
