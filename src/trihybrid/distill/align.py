@@ -93,8 +93,8 @@ def relative_distance(x: Tensor, target: Tensor, part: Part | None = None) -> Te
     batch is that of the whole; in float32 or wider, a scalar, 0 where they are equal. No gradient goes to the target,
     and for the backward pass both wait as they are, not their difference in float32.
 
-    Of rows in parts, x and target are those of one `part`, and what is below the line is the whole row's. The share of a
-    part counts as many times as there are parts, so that the mean over the parts is the distance of the rows."""
+    Of rows in parts, x and target are those of one `part`, and what is below the line is the whole row's. The share of
+    a part counts as many times as there are parts, so that the mean over the parts is the distance of the rows."""
     return _RelativeDistance.apply(x, target.detach(), part)
 
 

@@ -13,47 +13,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
 class Part:
-    """The part of this process; part p lies on rank p of a group.
+    """The part of this process. How it reaches the others says a class below this one (`Ranks`).
 
     Attributes:
         index: which one, 0 for the first tokens.
         count: how many there are.
-        group: of torch.distributed; None for the default group.
     """
 
     index: int
     count: int
-    group: dist.ProcessGroup | None = None
 
     def gather(self, own: Tensor) -> Tensor:
-        """What all processes bring, [P, ...]; without gradient."""
-        every_P = own.new_empty(self.count, *own.shape)
-        dist.all_gather(list(every_P.unbind()), own.contiguous(), group=self.group)
-        return every_P
-
-    def take(self, every_P: Tensor) -> Tensor:
-        """This part's of what `gather` gave."""
-        return every_P[self.index]
+        """What all parts bring, [P, ...]; without gradient."""
+        raise NotImplementedError
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum over the processes; without gradient."""
-        whole = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(whole, group=self.group)
-        return whole
+        """The sum over the parts; without gradient."""
+        raise NotImplementedError
 
     def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """[N, ...]: `received[p]` rows from each part p, to which this one sends `sent[p]` of its `rows`, both in the
         parts' order; without gradient."""
-        found = rows.new_empty(sum(received), *rows.shape[1:])
-        dist.all_to_all_single(found, rows.contiguous(), list(received), list(sent), group=self.group)
-        return found
+        raise NotImplementedError
+
+    def take(self, every_P: Tensor) -> Tensor:
+        """This part's of what `gather` gave."""
+        return every_P[self.index]
 
     def previous(self, x_BT: Tensor, reach: int | None = None) -> Tensor:
         """[B, S, ...]: the tokens just before this part, oldest first, of a tensor [B, T, ...]. S is `reach`, or less

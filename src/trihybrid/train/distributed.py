@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trihybrid.ops.part import Part
+from trihybrid.ops.ranks import Ranks
 
 _logger = logging.getLogger(__name__)
 
@@ -56,12 +56,12 @@ class Workers:
         """The number of this worker's share, from 0."""
         return self.rank // self.context
 
-    def part(self) -> Part | None:
+    def part(self) -> Ranks | None:
         """Which part of its rows is this worker's; None where it has whole rows. All workers ask at once."""
         if self.context == 1:
             return None
         group, _ = dist.new_subgroups(self.context)
-        return Part(self.rank % self.context, self.context, group)
+        return Ranks(self.rank % self.context, self.context, group)
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite these tensors by those of the first worker; shapes, dtypes and order are the same everywhere."""

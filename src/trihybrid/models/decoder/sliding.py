@@ -110,8 +110,8 @@ def attend(
         )
     if dropout:
         raise ValueError(
-            f"attention_dropout is {dropout}; sliding layers in blocks and rows in parts have none: set it to 0, or load "
-            'the model with attn_implementation="sdpa"'
+            f"attention_dropout is {dropout}; sliding layers in blocks and rows in parts have none: set it to 0, or "
+            'load the model with attn_implementation="sdpa"'
         )
     q_BTHN, k_BTGN, v_BTGN = (x.transpose(1, 2) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

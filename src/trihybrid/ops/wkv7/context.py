@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trihybrid.ops.part import Part
+from trihybrid.ops.ranks import Ranks
 from trihybrid.ops.wkv7 import wkv7
 from trihybrid.ops.wkv7.parts import wkv7_parts
 
@@ -56,7 +56,7 @@ def wkv7_context(
             f"group: process {dist.get_rank()} is not in it; only its members may call wkv7_context"
         )
     tensors = (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)
-    part = Part(dist.get_rank(group), dist.get_world_size(group), group)
+    part = Ranks(dist.get_rank(group), dist.get_world_size(group), group)
     if part.count == 1:
         return wkv7(*tensors, state_BHKV, reset_BT, backend)
     return wkv7_parts(*tensors, state_BHKV, reset_BT, part, backend)
