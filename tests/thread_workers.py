@@ -1,4 +1,4 @@
-"""Workers that are threads of one process, for what needs no process group to be right."""
+"""Workers, and parts of rows, that are threads of one process, for what needs no process group to be right."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trihybrid.ops.part import Part
 from trihybrid.train import Workers
 
 
@@ -27,18 +28,44 @@ class ThreadWorkers(Workers):
         self.barrier.wait(timeout=60)
 
     def gather(self, share_N: Tensor) -> Tensor:
-        return torch.cat(self._swap(share_N))
+        return torch.cat(self.swap(share_N))
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
-            tensor.copy_(torch.stack(self._swap(tensor)).mean(0))
+            tensor.copy_(torch.stack(self.swap(tensor)).mean(0))
 
-    def _swap(self, tensor: Tensor) -> list[Tensor]:
+    def part(self) -> "ThreadPart":
+        """All workers share each row."""
+        return ThreadPart(self.rank, self.count, self)
+
+    def swap(self, tensor: Tensor) -> list[Tensor]:
+        """What all workers bring."""
         self.board[self.rank] = tensor.clone()
         self.wait()
         found = [self.board[rank] for rank in range(self.count)]
         self.wait()
         return found
+
+
+@dataclass(frozen=True)
+class ThreadPart(Part):
+    """The part of one of several threads."""
+
+    workers: ThreadWorkers
+
+    def gather(self, own: Tensor) -> Tensor:
+        return torch.stack(self.workers.swap(own))
+
+    def total(self, x: Tensor) -> Tensor:
+        return torch.stack(self.workers.swap(x)).sum(0)
+
+    def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        assert sum(sent) == len(rows)
+        plans = self.workers.swap(torch.tensor(sent))
+        every = zip(self.workers.swap(rows), plans, strict=True)
+        found = [other.split(plan.tolist())[self.index] for other, plan in every]
+        assert [len(piece) for piece in found] == list(received)
+        return torch.cat(found)
 
 
 def by_threads(count: int, work: Callable[[ThreadWorkers], Any]) -> list[Any]:
