@@ -23,9 +23,7 @@ def rows(parts: int, width: int = 3) -> Tensor:
 def test_the_tokens_before_a_part_and_their_gradient(parts: int, reach: int | None) -> None:
     whole_BT = rows(parts).requires_grad_()
     starts = [index * LENGTH for index in range(parts)]
-    expected = [
-        whole_BT[:, max(0, start - (start if reach is None else reach)) : start] for start in starts
-    ]
+    expected = [whole_BT[:, max(0, start - (start if reach is None else reach)) : start] for start in starts]
     weights = [torch.randn_like(before_BS) for before_BS in expected]
     sum((w * x).sum() for w, x in zip(weights, expected, strict=True)).backward()
 
