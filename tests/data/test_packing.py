@@ -172,6 +172,18 @@ def test_parts_of_a_batch_are_its_rows(shards: TokenShards) -> None:
             batch.split(parts)
 
 
+def test_parts_of_rows_have_their_own_targets(shards: TokenShards) -> None:
+    batch = PackedBatches(shards, 12, 3, seed=1).batch(0)
+    for count in (1, 2, 3, 12):
+        parts = [batch.part(index, count) for index in range(count)]
+        assert {part.inputs.shape for part in parts} == {(3, 12 // count)}
+        for name in ("inputs", "targets", "positions", "next_tokens"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts], 1), getattr(batch, name))
+    for index, count in ((0, 5), (2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match=rf"index is {index} of count {count}, in rows of 12 tokens"):
+            batch.part(index, count)
+
+
 def test_next_tokens_ignore_no_border(shards: TokenShards) -> None:
     batch = PackedBatches(shards, 20, 5, 0).batch(0)
     assert torch.equal(batch.next_tokens[:, :-1], batch.inputs[:, 1:])

@@ -1,11 +1,13 @@
-"""A worker of tiny stages with weights shared out: `python sharded_fit.py FOLDER RANK COUNT`.
+"""A worker of tiny stages with weights or rows shared out: `python sharded_fit.py FOLDER RANK COUNT`.
 
 All workers together fit one case after the other, each in a folder of its own, from the checkpoint that lies there, if
-one does; the first of them leaves what trained in <case>.safetensors. Then they make one NaN.
+one does; the first of them leaves what trained in <case>.safetensors. Then two of them make one NaN. First of all, two
+workers share each row (`IN_PARTS`).
 """
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from trihybrid.distill.match import Matching, MatchTask
 from trihybrid.distill.pair import Pair
 from trihybrid.distill.section import NEW_MIXERS
 from trihybrid.distill.task import LossTask
+from trihybrid.ops.part import Part
 from trihybrid.run import RunLog
 from trihybrid.train import Checkpoints, FitSummary, TrainSection, Workers, fit, process_group
 
@@ -31,6 +34,14 @@ CASES = {
     "extend": ("extend", "muon", torch.float64),
     "untied": ("match", "adamw", torch.bfloat16),
 }
+IN_PARTS = {
+    "align-parts": False,
+    "match-parts": False,
+    "extend-parts": False,
+    "align-parts-shard": True,
+    "match-parts-shard": True,
+}
+"""Case whose rows lie in two parts -> whether weights are shared out too."""
 STEPS, HALF = 4, "step-000002"
 RETAINED = "model.layers.3.self_attn.q_proj.weight"
 """Of a layer that both have: the teacher keeps a twin of it where it trains, and stage 1 does not run it."""
@@ -40,7 +51,7 @@ LAYERS = {
 }
 
 
-def task_of(stage: str, dtype: torch.dtype) -> LossTask:
+def task_of(stage: str, dtype: torch.dtype, part: Part | None = None) -> LossTask:
     """A stage with a vocabulary and heads that two workers cannot halve; some layers are recomputed, some are not."""
     if dtype == torch.bfloat16:
         # A head of its own, and biases.
@@ -52,8 +63,8 @@ def task_of(stage: str, dtype: torch.dtype) -> LossTask:
     teacher = build_teacher(dtype, **LAYERS, num_kv_shared_layers=2 if whole else 0)
     student = build_student(teacher, pattern="SSRSSR" if whole else "SSRSSF")
     if stage == "extend":
-        return ExtendTask(Extension(student, NEW_MIXERS, chunk=16, kept_layers=3))
-    pair = Pair(student, teacher, [*NEW_MIXERS, RETAINED])
+        return ExtendTask(Extension(student, NEW_MIXERS, chunk=16, kept_layers=3, part=part))
+    pair = Pair(student, teacher, [*NEW_MIXERS, RETAINED], part)
     if stage == "align":
         return AlignTask(pair, checkpointing=True)
     return MatchTask(Matching(pair, chunk=16, checkpointing=True, kept_layers=3))
@@ -78,22 +89,22 @@ def section_of(optimizer: str) -> TrainSection:
 
 
 def fit_case(
-    case: str, folder: Path, workers: Workers, task: LossTask | None = None
+    case: str, folder: Path, workers: Workers, task: LossTask | None = None, shard: bool = True
 ) -> tuple[LossTask, FitSummary]:
-    """Fit one case as one of the workers, on this worker's rows."""
+    """Fit one case as one of the workers, on this worker's rows or parts of them."""
     stage, optimizer, dtype = CASES[case]
     if task is None:
-        task = task_of(stage, dtype)
-        if workers.count > 1:
+        task = task_of(stage, dtype, workers.part())
+        if workers.count > 1 and shard:
             task.shard(workers)
     folder.mkdir(parents=True, exist_ok=True)
     log = RunLog(folder / "log.jsonl", stage, every=10**6) if workers.first else None
 
     def share(step: int) -> Batch:
         whole = batch_of(step, rows=4)
-        return Batch(
-            *(tensor[workers.rank :: workers.count] for tensor in (whole.tokens_BT, whole.positions_BT))
-        )
+        rows = slice(workers.share, None, workers.shares)
+        mine = Batch(whole.tokens_BT[rows], whole.positions_BT[rows])
+        return mine.part(workers.rank % workers.context, workers.context)
 
     checkpoints = Checkpoints(folder / "checkpoints", stage, "parent")
     return task, fit(task, share, section_of(optimizer), checkpoints, log, True, workers)
@@ -115,6 +126,14 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     with process_group("cpu", f"file://{folder}/rendezvous", rank, count) as workers:
+        together = replace(workers, context=2)
+        for name, shard in IN_PARTS.items():
+            task, _ = fit_case(name.partition("-")[0], folder / name, together, shard=shard)
+            whole = task.whole_parameters()
+            if workers.first:
+                save_file(whole, folder / f"{name}.safetensors")
+        if count > 2:
+            return
         for name in (*CASES, "match-again", "extend-from-one"):
             case = name.partition("-")[0]
             if name == "match-again" and workers.first:

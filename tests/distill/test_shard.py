@@ -1,4 +1,5 @@
-"""Weights shared out to two processes train as whole ones do, and go on with any number of processes."""
+"""Weights shared out to two processes train as whole ones do, and go on with any number of processes; and so do rows in
+parts, of two processes and of four."""
 
 import importlib.util
 import os
@@ -41,25 +42,38 @@ def one(cases: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def two(cases: ModuleType, one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes leave, the first of whose cases goes on from a checkpoint of one."""
-    folder = tmp_path_factory.mktemp("two")
-    cases.half_way(one / "extend", folder / "extend-from-one")
+def launch(folder: Path, count: int) -> None:
+    """Let so many processes fit their cases in a folder."""
     paths = [Path(trihybrid.__file__).parents[1], SCRIPT.parents[1]]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
     workers = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder), str(rank), "2"],
+            [sys.executable, str(SCRIPT), str(folder), str(rank), str(count)],
             env=environment,
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     errors = [worker.communicate(timeout=400)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "".join(errors)
+    assert [worker.returncode for worker in workers] == [0] * count, "".join(errors)
+
+
+@pytest.fixture(scope="module")
+def two(cases: ModuleType, one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes leave, the first of whose cases goes on from a checkpoint of one."""
+    folder = tmp_path_factory.mktemp("two")
+    cases.half_way(one / "extend", folder / "extend-from-one")
+    launch(folder, 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What four processes leave, two of which share each row."""
+    folder = tmp_path_factory.mktemp("four")
+    launch(folder, 4)
     return folder
 
 
@@ -97,6 +111,24 @@ def test_losses_norms_and_tokens_are_those_of_one(
 def test_what_trained_is_what_one_trains(one: Path, two: Path, case: str, limit: float) -> None:
     """The averages over the steps."""
     assert apart(two, one, case, case) <= limit
+
+
+@pytest.mark.parametrize("processes", ["two", "four"])
+@pytest.mark.parametrize(
+    "name", ["align-parts", "match-parts", "extend-parts", "align-parts-shard", "match-parts-shard"]
+)
+def test_rows_in_parts_train_as_whole_ones(
+    one: Path, request: pytest.FixtureRequest, name: str, processes: str
+) -> None:
+    """Four processes are two by two. float32 in transformers' norms makes the noise; `test_context.py` has none."""
+    folder: Path = request.getfixturevalue(processes)
+    case = name.partition("-")[0]
+    loss, limit = (1e-9, 1e-7) if case == "align" else (1e-7, 1e-5)
+    for row, alone in zip(rows_of(folder / name), rows_of(one / case), strict=True):
+        assert row["tokens"] == alone["tokens"]
+        for key in ("loss", *(key for key in alone if "/" in key and not key.startswith("gradient"))):
+            assert row[key] == pytest.approx(alone[key], rel=loss), key
+    assert apart(folder, one, case, name) <= limit
 
 
 def test_masters_are_float32_and_whole(one: Path, two: Path) -> None:

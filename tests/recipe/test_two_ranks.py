@@ -1,5 +1,5 @@
-"""A conversion by two processes of torchrun, which share out the weights in stage 1, is that of one; killed, it goes on
-with one, and no token is lost."""
+"""A conversion by two processes of torchrun, which share out the weights in stage 1 and the tokens of each row in stage
+2, is that of one; killed, it goes on with one, and no token is lost."""
 
 import os
 import shutil
@@ -29,6 +29,8 @@ OVERRIDES = [
     "stages.0.loop.accumulate=2",
     "stages.0.parallel=shard",
     "stages.1.loop.steps=24",
+    "stages.1.checkpointing=true",
+    "stages.1.context=2",
 ]
 SCRIPT = "import torch\n\ntorch.set_default_dtype(torch.float64)\nfrom trihybrid.cli import main\n\nmain()\n"
 """In float64, though transformers' norms compute in float32: in float32 alone AdamW makes 1e-3 of the noise within
@@ -120,6 +122,23 @@ def test_killed_checkpoints_of_two_ranks_go_on_with_one(
     (event,) = (row for row in read_log(run / "log.jsonl") if row.get("event") == "resume")
     assert 2 <= event["from_step"] < 24
     same_curve(steps(run), steps(one_rank))
+
+
+def test_a_context_is_a_divisor_of_the_processes_and_of_a_row(micro_recipe: Path) -> None:
+    sixes = [f"{part}.loop.batch_size=6" for part in ("teacher.pretrain", "stages.0", "stages.1")]
+    with pytest.raises(ValueError, match=r"context: 2 does not divide the 3 processes; give one of 1, 3, or"):
+        check_recipe(load_recipe(micro_recipe, [*sixes, "stages.1.context=2"]), workers=3)
+    with pytest.raises(
+        ValueError, match=r"context: 3 does not divide loop\.sequence_length 16; give a divisor, or"
+    ):
+        load_recipe(micro_recipe, ["stages.1.context=3"])
+    with pytest.raises(ValueError, match=r"graph: true with context 2, whose processes wait for each other"):
+        load_recipe(micro_recipe, ["stages.1.context=2", "stages.1.graph=true"])
+    # Four processes are two groups, of which each takes one of two rows.
+    recipe = load_recipe(micro_recipe, ["stages.0.context=2", "stages.1.context=2"])
+    check_recipe(recipe, workers=4)
+    with pytest.raises(ValueError, match=r"batch_size: 2 does not divide into 1 parts for each of 4 workers"):
+        check_recipe(load_recipe(micro_recipe, ["stages.1.context=2"]), workers=4)
 
 
 def test_a_batch_that_does_not_divide_among_the_workers_is_refused_before_a_file(micro_recipe: Path) -> None:

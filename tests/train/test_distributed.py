@@ -97,6 +97,15 @@ def test_a_batch_that_does_not_divide_is_refused(tiny: ModuleType, tmp_path: Pat
         fit(tiny.SplitTask(), tiny.batch_of, section, None, None, False, Workers(0, 2))
 
 
+def test_workers_who_share_rows_take_one_share_of_a_batch(tiny: ModuleType) -> None:
+    groups = [Workers(rank, 6, context=3) for rank in range(6)]
+    assert [(workers.share, workers.shares) for workers in groups] == [(0, 2)] * 3 + [(1, 2)] * 3
+    assert Workers(3, 6).part() is None
+    section = tiny.section_of(batch_size=6, accumulate=2)
+    with pytest.raises(ValueError, match=r"loop\.batch_size: 6 does not divide into 2 parts for each of 2"):
+        fit(tiny.SplitTask(), tiny.batch_of, section, None, None, False, groups[0])
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
