@@ -16,6 +16,7 @@ from trihybrid.distill.section import NEW_MIXERS
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.families import family_of
 from trihybrid.models.shapes import TeacherConfig, load_shape
+from trihybrid.ops.part import Part
 from trihybrid.surgery.layout import student_config
 from trihybrid.surgery.section import Rwkv7Section, SurgerySection, TicaSection
 
@@ -94,10 +95,10 @@ def build(setting: Setting) -> tuple[PreTrainedModel, HybridForCausalLM]:
     return teacher, student
 
 
-def build_pair(setting: Setting) -> Pair:
-    """Teacher and student over one copy of the frozen weights."""
+def build_pair(setting: Setting, part: Part | None = None) -> Pair:
+    """Teacher and student over one copy of the frozen weights, for whole rows or a part of each."""
     teacher, student = build(setting)
-    pair = Pair(student, teacher, NEW_MIXERS)
+    pair = Pair(student, teacher, NEW_MIXERS, part)
     del teacher
     clear()
     return pair

@@ -1,16 +1,18 @@
-"""The same conversion on one GPU, on two with all weights each, and on two that share them out: losses, speed, memory.
+"""The same conversion on one GPU, on two with all weights each, on two that share them out, and on two that share rows:
+losses, speed, memory.
 
-    python benchmarks/distill_two_gpus.py [--stages match,align] [--steps 12] [--rows 8] [--length 2048] [--tiny]
-        [--json FOLDER]
+    python benchmarks/distill_two_gpus.py [--stages match,align] [--forms one,replicate,shard,context,resume]
+        [--steps 12] [--rows 8] [--length 2048] [--tiny] [--json FOLDER]
+    python benchmarks/distill_two_gpus.py --forms one,context --rows 1 --length 32768
 
 Ten layers in the width of Gemma-4 E2B with a vocabulary of 32,768 words, random weights in bfloat16; the student is the
-card's, RWKV-7 + TICA in the global layers. A step has the same rows in every form, so two GPUs have half of them each.
-torchrun starts two processes, which train one form after the other: `one` by the first of them alone, `replicate` and
-`shard` by both, and `resume` by the first alone, from the checkpoint that `shard` wrote half-way. Figures are read from
-the logs: speed is the median of all steps but the first two, "at rest" what the first GPU has allocated before the
-first step, peak the most after that. --tiny runs all of it in a tiny shape on a CPU (gloo). --json writes the rows as
-distill_two_gpus.json into FOLDER. The exit code is 1 where a form fails, or a loss differs from that of one GPU by more
-than one part in a hundred, on a CPU in a hundred thousand.
+card's, RWKV-7 + TICA in the global layers. A step has the same rows in every form, so two GPUs have half of them each,
+and in `context` half of the tokens of each. torchrun starts two processes, which train one form after the other: `one`
+by the first of them alone, `replicate`, `shard` and `context` by both, and `resume` by the first alone, from the
+checkpoint that `shard` wrote half-way. Figures are read from the logs: speed is the median of all steps but the first
+two, "at rest" what the first GPU has allocated before the first step, peak the most after that. --tiny runs all of it
+in a tiny shape on a CPU (gloo). --json writes the rows as distill_two_gpus.json into FOLDER. The exit code is 1 where a
+form fails, or a loss differs from that of one GPU by more than one part in a hundred, on a CPU in a hundred thousand.
 """
 
 import argparse
@@ -37,7 +39,7 @@ from trihybrid.run import RunLog, read_log
 from trihybrid.train import Checkpoints, TrainSection, Workers, fit, process_group
 
 GIB = 2**30
-FORMS = {"one": 1, "replicate": 2, "shard": 2, "resume": 1}
+FORMS = {"one": 1, "replicate": 2, "shard": 2, "context": 2, "resume": 1}
 """Name of a form -> processes that train."""
 LIMIT = {"cpu": 300.0, "cuda": 115.0}
 """Seconds after which all is ended: processes that wait for each other wait for long."""
@@ -52,13 +54,22 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stages", default="match,align", help="some of match,align")
+    parser.add_argument("--forms", default=",".join(FORMS), help="some of these, `one` among them")
     parser.add_argument("--steps", type=int, default=12, help="steps of a run, even, 4 at least")
-    parser.add_argument("--rows", type=int, default=8, help="rows of a step, of all GPUs together, even")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
+    parser.add_argument(
+        "--rows", type=int, default=8, help="rows of a step, of all GPUs together, even (1 for one,context)"
+    )
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a row, even")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape on CPUs")
     parser.add_argument("--json", type=Path, metavar="FOLDER")
     parser.add_argument("--train", type=Path, metavar="FOLDER", help="only train, as one of the workers")
     given = parser.parse_args()
+    forms = [form for form in FORMS if form in given.forms.split(",")]
+    unknown = len(forms) < len(given.forms.split(","))
+    if unknown or "one" not in forms or ("resume" in forms and "shard" not in forms):
+        parser.error(
+            f"--forms {given.forms}: some of {', '.join(FORMS)}; `one` among them, `resume` with `shard`"
+        )
     if given.train:
         train(given)
         return 0
@@ -66,7 +77,7 @@ def main() -> int:
         parser.error("fewer than two GPUs here; --tiny runs a tiny shape on CPUs")
     with tempfile.TemporaryDirectory() as scratch:
         start(Path(scratch))
-        rows = list(read_rows(given.stages.split(","), Path(scratch)))
+        rows = list(read_rows(given.stages.split(","), forms, Path(scratch)))
     table(rows)
     if given.json is not None:
         given.json.mkdir(parents=True, exist_ok=True)
@@ -98,10 +109,10 @@ def train(given: argparse.Namespace) -> None:
     with process_group("cpu" if given.tiny else "cuda") as workers:
         setting = replace(tiny() if given.tiny else ten_layers(), device=workers.device)
         for stage in given.stages.split(","):
-            for form, count in FORMS.items():
+            for form in (form for form in FORMS if form in given.forms.split(",")):
                 clear()
                 try:
-                    if count == 2:
+                    if FORMS[form] == 2:
                         train_form(given, stage, form, workers, setting)
                     elif workers.first:
                         train_form(given, stage, form, Workers(device=workers.device), setting)
@@ -127,7 +138,9 @@ def ten_layers() -> Setting:
 def train_form(given: argparse.Namespace, stage: str, form: str, workers: Workers, setting: Setting) -> None:
     """Train one form of a stage and leave its figures."""
     gpu = workers.device.type == "cuda"
-    pair = build_pair(setting)
+    if form == "context":
+        workers = replace(workers, context=2)
+    pair = build_pair(setting, workers.part())
     if form == "shard":
         pair.to("cpu")
     if stage == "align":
@@ -157,8 +170,9 @@ def train_form(given: argparse.Namespace, stage: str, form: str, workers: Worker
         generator = torch.Generator().manual_seed(step)
         shape = given.rows, given.length + 1
         tokens_BT = torch.randint(3, setting.base.vocab_size, shape, generator=generator)
-        tokens_BT = tokens_BT[workers.rank :: workers.count]
-        return Batch(tokens_BT, torch.arange(given.length + 1).expand(len(tokens_BT), -1)).to(workers.device)
+        tokens_BT = tokens_BT[workers.share :: workers.shares]
+        whole = Batch(tokens_BT, torch.arange(given.length + 1).expand(len(tokens_BT), -1))
+        return whole.part(workers.rank % workers.context, workers.context).to(workers.device)
 
     folder = given.train / form / stage
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,13 +197,13 @@ def train_form(given: argparse.Namespace, stage: str, form: str, workers: Worker
         print(stage, form, json.dumps(figures), flush=True)
 
 
-def read_rows(stages: list[str], scratch: Path) -> Iterator[Row]:
+def read_rows(stages: list[str], forms: list[str], scratch: Path) -> Iterator[Row]:
     """A row for each stage and form; without figures where it failed."""
     for stage in stages:
         wanted: list[float] = []
         alone = 1.0
-        for form, count in FORMS.items():
-            row: Row = {"benchmark": "distill_two_gpus", "stage": stage, "form": form, "gpus": count}
+        for form in forms:
+            row: Row = {"benchmark": "distill_two_gpus", "stage": stage, "form": form, "gpus": FORMS[form]}
             found = scratch / form / stage / "figures.json"
             if found.exists():
                 row |= json.loads(found.read_text())
