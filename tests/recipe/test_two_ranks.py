@@ -113,12 +113,13 @@ def test_two_ranks_give_the_losses_and_the_teacher_of_one(killed: Path, one_rank
 
 
 def test_killed_checkpoints_of_two_ranks_go_on_with_one(
-    killed: Path, micro_recipe: Path, one_rank: Path, tmp_path: Path
+    killed: Path, micro_recipe: Path, one_rank: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = Path(shutil.copytree(killed, tmp_path / "run"))
     with float64():
         rows = execute(load_recipe(micro_recipe, OVERRIDES), run, resume=True)
     assert rows is not None and rows[-1]["stage"] == "matched"
+    assert "context: 2, but one process is alone and computes whole rows" in caplog.text
     (event,) = (row for row in read_log(run / "log.jsonl") if row.get("event") == "resume")
     assert 2 <= event["from_step"] < 24
     same_curve(steps(run), steps(one_rank))

@@ -327,7 +327,10 @@ def _distil(run: Run, stage: Stage, before: str, parent: str) -> str:
         student = load_student(run.directory.model(before))
         workers = replace(run.workers, context=stage.sharers(run.workers.count))
         if stage.context > workers.context:
-            _logger.info("context: one process computes whole rows, there is nobody to share them with")
+            _logger.warning(
+                "context: %d, but one process is alone and computes whole rows; torchrun starts several",
+                stage.context,
+            )
         task = _task(run, stage, student, workers)
         run.train(name, parent, stage_hash, task, stage, workers)
         trained = task.whole_parameters()
