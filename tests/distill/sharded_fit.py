@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import tiny_teachers
 from distilled_student import batch_of, build_student
+from exact_norms import exact_norms
 from tiny_gemma4 import build_teacher
 from trihybrid.data import Batch
 from trihybrid.distill.align import AlignTask
@@ -107,7 +108,8 @@ def fit_case(
         return mine.part(workers.rank % workers.context, workers.context)
 
     checkpoints = Checkpoints(folder / "checkpoints", stage, "parent")
-    return task, fit(task, share, section_of(optimizer), checkpoints, log, True, workers)
+    with exact_norms():
+        return task, fit(task, share, section_of(optimizer), checkpoints, log, True, workers)
 
 
 def half_way(folder: Path, target: Path) -> None:

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import tiny_teachers
 from distilled_student import build_student
+from exact_norms import exact_norms
 from thread_workers import ThreadWorkers, by_threads
 from tiny_gemma4 import VOCABULARY, build_teacher
 from trihybrid.data import Batch
@@ -25,7 +24,6 @@ from trihybrid.distill.pair import Pair
 from trihybrid.distill.section import NEW_MIXERS
 from trihybrid.distill.task import LossTask
 from trihybrid.models.decoder.language_model import HybridForCausalLM
-from trihybrid.models.gemma4.norm import FusedRMSNorm
 from trihybrid.ops.part import Part
 from trihybrid.testing import relative_error
 
@@ -78,19 +76,9 @@ def one_thread_each() -> Iterator[None]:
 
 
 @pytest.fixture
-def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' norms compute in float32 also of float64, whose noise would hide what is looked for."""
-
-    def forward(norm: Gemma4RMSNorm, x: Tensor) -> Tensor:
-        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps)
-        return normed * norm.weight if norm.with_scale else normed
-
-    monkeypatch.setattr(FusedRMSNorm, "forward", forward)
-    monkeypatch.setattr(
-        LlamaRMSNorm,
-        "forward",
-        lambda norm, x: nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon),
-    )
+def without_noise() -> Iterator[None]:
+    with exact_norms():
+        yield
 
 
 def task_of(stage: str, models: Models, part: Part | None) -> LossTask:
@@ -129,7 +117,7 @@ def compare(stage: str, models: Models, parts: int, kind: str) -> None:
         assert relative_error(sum(one[name] for one in found), wanted) <= 1e-10, name
 
 
-@pytest.mark.usefixtures("exact_norms", "one_thread_each")
+@pytest.mark.usefixtures("without_noise", "one_thread_each")
 @pytest.mark.parametrize(
     ("stage", "parts", "kind"),
     [
@@ -146,7 +134,7 @@ def test_parts_are_the_whole(models: Models, stage: str, parts: int, kind: str) 
     compare(stage, models, parts, kind)
 
 
-@pytest.mark.usefixtures("exact_norms", "one_thread_each")
+@pytest.mark.usefixtures("without_noise", "one_thread_each")
 def test_windows_of_the_students_own(windowed: Models) -> None:
     """The teacher reads all earlier parts in a layer whose student reads a window."""
     compare("match", windowed, 2, "packed")
