@@ -21,6 +21,11 @@ class StageSection(TrainSection):
         description="under torchrun, what each process holds: replicate, all weights; shard, its rows of them (FSDP2), "
         "less memory and more traffic",
     )
+    tables: Literal["device", "host"] = Field(
+        default="device",
+        description="where frozen tables lie (per-layer inputs, and an embedding that is not the head too): device, or "
+        "host, where the rows of a step are looked up while the step before it runs, less memory of the device",
+    )
 
 
 class AlignSection(StageSection):

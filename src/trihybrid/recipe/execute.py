@@ -22,6 +22,7 @@ from trihybrid.data import Batch, PackedBatches, Prefetch, PreparedData, prepare
 from trihybrid.data.section import load_tokenizer
 from trihybrid.distill.align import AlignTask
 from trihybrid.distill.extend import ExtendTask, Extension
+from trihybrid.distill.host_table import check_apart, leave_tables
 from trihybrid.distill.match import Matching, MatchTask
 from trihybrid.distill.pair import Pair
 from trihybrid.distill.section import AlignSection, ExtendSection, MatchSection
@@ -42,7 +43,7 @@ from trihybrid.storage.folder import save_folder
 from trihybrid.surgery.layout import window_of
 from trihybrid.surgery.operate import operate, read_plan, save_student
 from trihybrid.surgery.plan import make_plan
-from trihybrid.train import Checkpoints, Task, TrainSection, Workers, check_division, fit
+from trihybrid.train import Checkpoints, CompletesBatches, Task, TrainSection, Workers, check_division, fit
 
 _logger = logging.getLogger(__name__)
 
@@ -101,7 +102,8 @@ class Run:
         packed = PackedBatches(self.data.train, loop.sequence_length, loop.batch_size, loop.seed)
 
         def batch(step: int) -> Batch:
-            return packed.batch(step, workers.rank, workers.count)
+            made = packed.batch(step, workers.rank, workers.count)
+            return task.complete(made) if isinstance(task, CompletesBatches) else made
 
         def name_batch(step: int) -> str:
             return packed.name(step, workers.rank, workers.count)
@@ -189,6 +191,8 @@ def check_recipe(recipe: Recipe, workers: int = 1) -> TeacherConfig:
         base = load_teacher(str(recipe.teacher.folder)).config
         check_shape(recipe, base)
     make_plan(base, recipe.surgery, teacher_name(recipe), contexts=(4096,))
+    if any(stage.tables == "host" for stage in recipe.stages):
+        check_apart(base)
     if base.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"data.tokenizer has {tokenizer.vocab_size} tokens, the teacher knows {base.vocab_size}; "
@@ -315,8 +319,8 @@ def _distil(run: Run, stage: Stage, before: str, parent: str) -> str:
         run.train(name, parent, stage_hash, task, stage)
         trained = task.whole_parameters()
         if run.workers.first:
-            if task.rows():
-                # What is shared out is whole no more; what did not train is as it was.
+            if not task.whole:
+                # What is shared out or left on the host is whole no more; what did not train is as it was.
                 student = load_student(run.directory.model(before))
                 set_parameters(student, trained)
             plan = read_plan(run.directory.model(before))
@@ -344,8 +348,11 @@ def _task(run: Run, stage: Stage, student: HybridForCausalLM) -> LossTask:
 def _whole_task(run: Run, stage: Stage, student: HybridForCausalLM, device: torch.device) -> LossTask:
     if isinstance(stage, ExtendSection) and stage.loss == "cross_entropy":
         sizes = (stage.chunk, stage.block, stage.checkpointing, stage.kept_layers)
-        return ExtendTask(Extension(student, stage.train, *sizes).to(device))
-    pair = Pair(student, load_teacher(run.directory.model("teacher")), stage.train).to(device)
+        extension = Extension(student, stage.train, *sizes)
+        _place(extension, run, stage, device)
+        return ExtendTask(extension)
+    pair = Pair(student, load_teacher(run.directory.model("teacher")), stage.train)
+    _place(pair, run, stage, device)
     if isinstance(stage, AlignSection):
         return AlignTask(pair, stage.checkpointing)
     if isinstance(stage, ExtendSection):
@@ -367,3 +374,10 @@ def _whole_task(run: Run, stage: Stage, student: HybridForCausalLM, device: torc
         block=stage.block,
     )
     return MatchTask(matching, stage.graph)
+
+
+def _place(module: Pair | Extension, run: Run, stage: Stage, device: torch.device) -> None:
+    """Move what a loss needs to the device, but for tables that stay on the host."""
+    if stage.tables == "host":
+        leave_tables(module.student, run.workers.device)
+    module.to(device)
