@@ -18,6 +18,7 @@ from tiny_gemma4 import build_teacher
 from trihybrid.data import Batch
 from trihybrid.distill.align import AlignTask
 from trihybrid.distill.extend import ExtendTask, Extension
+from trihybrid.distill.host_table import leave_tables
 from trihybrid.distill.match import Matching, MatchTask
 from trihybrid.distill.pair import Pair
 from trihybrid.distill.section import NEW_MIXERS
@@ -78,12 +79,14 @@ def section_of(optimizer: str) -> TrainSection:
 
 
 def fit_case(
-    case: str, folder: Path, workers: Workers, task: LossTask | None = None
+    case: str, folder: Path, workers: Workers, task: LossTask | None = None, host: bool = False
 ) -> tuple[LossTask, FitSummary]:
-    """Fit one case as one of the workers, on this worker's rows."""
+    """Fit one case as one of the workers, on this worker's rows; `host` leaves tables on the host."""
     stage, optimizer, dtype = CASES[case]
     if task is None:
         task = task_of(stage, dtype)
+        if host:
+            leave_tables(task.module.student, workers.device)
         if workers.count > 1:
             task.shard(workers)
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,9 +94,8 @@ def fit_case(
 
     def share(step: int) -> Batch:
         whole = batch_of(step, rows=4)
-        return Batch(
-            *(tensor[workers.rank :: workers.count] for tensor in (whole.tokens_BT, whole.positions_BT))
-        )
+        rows = slice(workers.rank, None, workers.count)
+        return task.complete(Batch(whole.tokens_BT[rows], whole.positions_BT[rows]))
 
     checkpoints = Checkpoints(folder / "checkpoints", stage, "parent")
     return task, fit(task, share, section_of(optimizer), checkpoints, log, True, workers)
@@ -115,12 +117,12 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     with process_group("cpu", f"file://{folder}/rendezvous", rank, count) as workers:
-        for name in (*CASES, "match-again", "extend-from-one"):
+        for name in (*CASES, "untied-host", "match-again", "extend-from-one"):
             case = name.partition("-")[0]
             if name == "match-again" and workers.first:
                 half_way(folder / "match", folder / name)
             workers.wait()
-            task, _ = fit_case(case, folder / name, workers)
+            task, _ = fit_case(case, folder / name, workers, host=name.endswith("-host"))
             whole = task.whole_parameters()
             assert bool(whole) == workers.first
             if workers.first:

@@ -1,5 +1,5 @@
-"""A conversion by two processes of torchrun, which share out the weights in stage 1, is that of one; killed, it goes on
-with one, and no token is lost."""
+"""A conversion by two processes of torchrun, which share out the weights in stage 1 and leave a table on the host, is
+that of one; killed, it goes on with one, and no token is lost."""
 
 import os
 import shutil
@@ -28,6 +28,7 @@ OVERRIDES = [
     "stages.0.loop.batch_size=4",
     "stages.0.loop.accumulate=2",
     "stages.0.parallel=shard",
+    "stages.0.tables=host",
     "stages.1.loop.steps=24",
 ]
 SCRIPT = "import torch\n\ntorch.set_default_dtype(torch.float64)\nfrom trihybrid.cli import main\n\nmain()\n"
@@ -64,10 +65,11 @@ def killed(micro_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def one_rank(micro_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run by one process."""
+    """The same run by one process, with all tables where the model is."""
     folder = tmp_path_factory.mktemp("rank") / "run"
     with float64():
-        assert execute(load_recipe(micro_recipe, OVERRIDES), folder) is not None
+        recipe = load_recipe(micro_recipe, [*OVERRIDES, "stages.0.tables=device"])
+        assert execute(recipe, folder) is not None
     return folder
 
 

@@ -46,7 +46,7 @@ class HostTable(nn.Module):
             raise ValueError("tables: host for a table that trains; freeze it, or give tables: device")
         self.weight: Tensor = table.weight.detach().cpu()
         self._page_locked = device.type == "cuda"
-        table.weight = nn.Parameter(self.weight.new_empty(0, self.weight.shape[1]), requires_grad=False)
+        table.weight = nn.Parameter(table.weight.detach().new_empty(0, self.weight.shape[1]), False)
         # It would point behind the rows that are here, and matters to gradients only.
         table.padding_idx = None
         self.table = table
