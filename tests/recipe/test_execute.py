@@ -102,6 +102,10 @@ def test_the_log_holds_every_step_once(micro: ModuleType, micro_run: Path) -> No
         (["surgery.pattern=SR"], 'pattern "SR" has 2 slots, the model has 3 layers'),
         (["surgery.legend={S: sliding, R: mamba}"], "mamba"),
         (["teacher.pretrain.shape.nose=1"], "shape: unknown fields ['nose']"),
+        (
+            ["stages.0.tables=host", "teacher.pretrain.shape.hidden_size_per_layer_input=0"],
+            "tables: host, but this model's only table is its head too",
+        ),
         (["teacher.pretrain=null", "teacher.folder=nowhere"], "nowhere: no such model folder"),
     ],
 )
@@ -144,9 +148,12 @@ def test_a_teacher_from_a_folder_is_copied_and_converted_alike(
 def test_three_stages_with_a_sliding_layer_in_the_last(
     micro_recipe: Path, micro_run: Path, tmp_path: Path
 ) -> None:
-    """Stage 3 goes on from stage 2, on rows of three windows, and trains what its patterns name."""
+    """Stage 3 goes on from stage 2, on rows of three windows, and trains what its patterns name; the table that all
+    stages leave on the host is in every model again."""
     loop = {"steps": 1, "batch_size": 2, "sequence_length": 16}
-    stages: list[dict] = [{"kind": kind, "loop": loop} for kind in ("align", "match", "extend")]
+    stages: list[dict] = [
+        {"kind": kind, "loop": loop, "tables": "host"} for kind in ("align", "match", "extend")
+    ]
     sliding = "model.layers.0.self_attn.q_proj.weight"
     stages[2] |= {"loop": loop | {"sequence_length": 72}, "train": ["*.rwkv7.w0", sliding]}
     overrides = ["teacher.pretrain=null", f"teacher.folder={micro_run / 'teacher'}"]

@@ -1,4 +1,4 @@
-"""A conversion by two processes of torchrun, which share out the weights in stage 1 and leave a table on the host, is
+"""A conversion by two processes of torchrun, which share out the weights in stage 1 and leave a table on the host in both stages, is
 that of one; killed, it goes on with one, and no token is lost."""
 
 import os
@@ -30,6 +30,7 @@ OVERRIDES = [
     "stages.0.parallel=shard",
     "stages.0.tables=host",
     "stages.1.loop.steps=24",
+    "stages.1.tables=host",
 ]
 SCRIPT = "import torch\n\ntorch.set_default_dtype(torch.float64)\nfrom trihybrid.cli import main\n\nmain()\n"
 """In float64, though transformers' norms compute in float32: in float32 alone AdamW makes 1e-3 of the noise within
@@ -68,7 +69,7 @@ def one_rank(micro_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """The same run by one process, with all tables where the model is."""
     folder = tmp_path_factory.mktemp("rank") / "run"
     with float64():
-        recipe = load_recipe(micro_recipe, [*OVERRIDES, "stages.0.tables=device"])
+        recipe = load_recipe(micro_recipe, [*OVERRIDES, "stages.0.tables=device", "stages.1.tables=device"])
         assert execute(recipe, folder) is not None
     return folder
 
