@@ -11,9 +11,9 @@ per-layer table stays in host memory, but for `dense`. Batches are made ahead by
 all that was allocated, weights and optimizer included; with a graph all that is reserved, which is a little more. The
 utilisation (MFU) is of the bfloat16 matrix product of the same run; model FLOPs count the matrix products of both
 forward passes, of the gradients of what the student computes, and of those of the mixers' weights; nothing for what is
-recomputed. --profile prints the kernels that take most of a step. --tiny runs all of it in a tiny shape on a CPU. --json writes the rows as
-distill_e2b.json into FOLDER. Exits with 1 when a target is missed: 40,000 tok/s in stage 1; 18,000 tok/s in at most
-24 GiB in stage 2; at most 60 GiB at length.
+recomputed. --profile prints the kernels that take most of a step. --tiny runs all of it in a tiny shape on a CPU.
+--json writes the rows as distill_e2b.json into FOLDER. Exits with 1 when a target is missed: 40,000 tok/s in stage 1;
+18,000 tok/s in at most 24 GiB in stage 2; at most 60 GiB at length.
 """
 
 import argparse

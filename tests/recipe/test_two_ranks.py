@@ -1,5 +1,5 @@
-"""A conversion by two processes of torchrun, which share out the weights in stage 1 and leave a table on the host in both stages, is
-that of one; killed, it goes on with one, and no token is lost."""
+"""A conversion by two processes of torchrun, which share out the weights in stage 1 and leave a table on the host in
+both stages, is that of one; killed, it goes on with one, and no token is lost."""
 
 import os
 import shutil

@@ -1,7 +1,7 @@
 """Frozen tables that stay in host memory: the rows of a batch's tokens are looked up where the batch is made, and sent.
 
-    rows_BTD = table[ids_BT]        on the host, while the device is busy with other steps
-    forward(ids_BT)  =  what the table's module makes of rows_BTD, on the device, to the bit
+    rows_BTD = table[ids_BT]                  on the host, while the device is busy with other steps
+    finish(rows_BTD) = embedding(ids_BT)      on the device, to the bit
 
 Ids are on the host when a batch is made, and nowhere else without waiting for the device. Rows are gathered into
 page-locked memory and copied without waiting; torch's allocator of such memory hands it out again only when the copies

@@ -262,6 +262,9 @@ def _make_teacher(run: Run) -> str:
 
     def make(stage_hash: str) -> None:
         if section is None:
+            # A published teacher becomes memory of each process that reads it, and one of them writes.
+            if not run.workers.first:
+                return
             model = load_teacher(str(run.recipe.teacher.folder))
         else:
             torch.manual_seed(section.loop.seed)
