@@ -1,22 +1,23 @@
 """What a step of distillation costs in the true shape of Gemma-4 E2B, beside two models with a dense KL in one run.
 
-    python benchmarks/distill_e2b.py [--parts align,match,long,dense] [--kept 8,10,12,16] [--steps 5] [--profile]
-        [--tiny] [--json FOLDER]
+    python benchmarks/distill_e2b.py [--parts align,match,long,dense] [--kept 8,10,12,16] [--tables device|host]
+        [--steps 5] [--profile] [--tiny] [--json FOLDER]
 
 One GPU, bfloat16, random weights, rows without padding or borders; forward, backward, clipping and AdamW on float32
 master weights of the new mixers. `align` is stage 1; `long` stage 2 at 32,768 tokens with all layers recomputed;
 `match` stage 2 at 4,096, once kernel by kernel, and as a CUDA graph for each number of layers in --kept that are not
-recomputed; `dense` stage 2 as two models, all logits at once and every layer
-recomputed. Peak is all that was allocated, weights
-and optimizer included; with a graph all that is reserved, which is a little more. The utilisation (MFU) is of the
-bfloat16 matrix product of the same run; model FLOPs count the matrix products of both forward passes, of the gradients
-of what the student computes, and of those of the mixers' weights; nothing for what is recomputed. --profile prints the
-kernels that take most of a step. --tiny runs all of it in a tiny shape on a CPU. --json writes the rows as
-distill_e2b.json into FOLDER. Exits with 1 when a target is missed: 40,000 tok/s in stage 1; 18,000 tok/s in at most
-24 GiB in stage 2; at most 60 GiB at length.
+recomputed; `dense` stage 2 as two models, all logits at once and every layer recomputed. With --tables host the
+per-layer table stays in host memory, but for `dense`. Batches are made ahead by another thread, as in training. Peak is
+all that was allocated, weights and optimizer included; with a graph all that is reserved, which is a little more. The
+utilisation (MFU) is of the bfloat16 matrix product of the same run; model FLOPs count the matrix products of both
+forward passes, of the gradients of what the student computes, and of those of the mixers' weights; nothing for what is
+recomputed. --profile prints the kernels that take most of a step. --tiny runs all of it in a tiny shape on a CPU.
+--json writes the rows as distill_e2b.json into FOLDER. Exits with 1 when a target is missed: 40,000 tok/s in stage 1;
+18,000 tok/s in at most 24 GiB in stage 2; at most 60 GiB at length.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -31,10 +32,12 @@ import torch
 from distill_e2b_models import Setting, TwoModels, build_pair, clear, e2b, smaller, tiny
 from torch import Tensor, nn
 
-from trihybrid.data import Batch
-from trihybrid.distill.align import Alignment
+from trihybrid.data import Batch, Prefetch
+from trihybrid.distill.align import AlignTask
+from trihybrid.distill.host_table import leave_tables
 from trihybrid.distill.match import Matching, MatchTask
 from trihybrid.distill.pair import Pair
+from trihybrid.distill.task import LossTask
 from trihybrid.surgery.cost import account
 from trihybrid.surgery.layout import student_config
 from trihybrid.train.optim import build_optimizer
@@ -42,7 +45,6 @@ from trihybrid.train.section import OptimizerSection
 
 Row = dict[str, Any]
 Step = Callable[[], Tensor]
-Way = Callable[[Batch, float], tuple[Tensor, Mapping[str, Any]]]
 
 PARTS = ("align", "match", "long", "dense")
 GIB = 2**30
@@ -54,6 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The cost of a distillation step.")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--kept", help="layers that stage 2 does not recompute, a row for each number")
+    parser.add_argument("--tables", choices=("device", "host"), default="device", help="where tables lie")
     parser.add_argument("--steps", type=int, help="timed steps of a row")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape on a CPU")
@@ -72,7 +75,7 @@ def main() -> int:
     )
     print(f"{name}, torch {torch.__version__}", flush=True)
     rows: list[Row] = []
-    for row in measure(setting, parts, arguments.profile):
+    for row in measure(setting, parts, arguments.profile, arguments.tables):
         if ceiling is not None and "ms" in row:
             row["mfu"] = row["flops"] / (1e-3 * row["ms"]) / ceiling
         rows.append(row)
@@ -87,30 +90,30 @@ def main() -> int:
     return 1 if missed else 0
 
 
-def measure(setting: Setting, parts: list[str], profile: bool) -> Iterator[Row]:
+def measure(setting: Setting, parts: list[str], profile: bool, tables: str = "device") -> Iterator[Row]:
     """The rows, as they come. A form that fails is a row that says so."""
     if set(parts) & {"align", "match", "long"}:
         pair = build_pair(setting)
+        if tables == "host":
+            leave_tables(pair.student, setting.device)
+            clear()
         if "align" in parts:
-            alignment = Alignment(pair)
-            yield row_of(setting, "align", by_autograd(alignment), pair.trained, pair.roles(), {}, profile)
+            yield row_of(setting, "align", AlignTask(pair), {"tables": tables}, profile)
         if "long" in parts:
-            way = by_autograd(matching(setting, pair, 0))
-            yield row_of(setting, "long", way, pair.trained, pair.roles(), {"kept": 0, "graph": False}, False)
+            options = {"kept": 0, "graph": False, "tables": tables}
+            yield row_of(setting, "long", MatchTask(matching(setting, pair, 0)), options, False)
         graphs = setting.device.type == "cuda"
         ways = [(setting.kept[0], False)] * graphs + [(kept, graphs) for kept in setting.kept]
         for kept, graph in ways if "match" in parts else ():
             task = MatchTask(matching(setting, pair, kept), graph)
             shown = profile and (kept, graph) == ways[-1]
-            options = {"kept": kept, "graph": graph}
-            yield row_of(setting, "match", task.differentiate, pair.trained, pair.roles(), options, shown)
+            options = {"kept": kept, "graph": graph, "tables": tables}
+            yield row_of(setting, "match", task, options, shown)
             del task
         del pair
         clear()
     if "dense" in parts:
-        models = TwoModels(setting)
-        roles = dict.fromkeys(models.trained, "matrix")
-        yield row_of(setting, "dense", by_autograd(models), models.trained, roles, {}, False)
+        yield row_of(setting, "dense", DenseTask(TwoModels(setting)), {}, False)
 
 
 def matching(setting: Setting, pair: Pair, kept: int) -> Matching:
@@ -118,40 +121,45 @@ def matching(setting: Setting, pair: Pair, kept: int) -> Matching:
     return Matching(pair, chunk=setting.chunk, block=setting.block, checkpointing=True, kept_layers=kept)
 
 
-def by_autograd(module: nn.Module) -> Way:
-    """Loss and gradients as they come, one kernel after the other."""
+class DenseTask:
+    """Two models as the tasks of distillation."""
 
-    def differentiate(batch: Batch, share: float) -> tuple[Tensor, Mapping[str, Any]]:
-        loss, parts = module(batch.inputs, batch.positions)
-        loss.backward()
+    def __init__(self, models: TwoModels) -> None:
+        self.models = models
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self.models.trained
+
+    def roles(self) -> dict[str, str]:
+        return dict.fromkeys(self.models.trained, "matrix")
+
+    def complete(self, batch: Batch) -> Batch:
+        return batch
+
+    def differentiate(self, batch: Batch, share: float) -> tuple[Tensor, Mapping[str, Any]]:
+        loss, parts = self.models(batch.inputs, batch.positions)
+        (share * loss).backward()
         return loss.detach(), parts
 
-    return differentiate
 
-
-def row_of(
-    setting: Setting,
-    part: str,
-    way: Way,
-    trained: dict[str, nn.Parameter],
-    roles: dict[str, str],
-    options: Row,
-    profile: bool,
-) -> Row:
+def row_of(setting: Setting, part: str, task: LossTask | DenseTask, options: Row, profile: bool) -> Row:
     """Time of a step, its memory and its loss before the first update."""
     clear()
     rows, length = shape = {"align": setting.align, "long": setting.long}.get(part, setting.match)
     row: Row = {"benchmark": "distill_e2b", "part": part, "rows": rows, "length": length, **options}
     gpu = setting.device.type == "cuda"
+    trained = task.parameters()
     saved = {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
-    optimizer = build_optimizer(trained, roles, OptimizerSection(learning_rate=1e-5))
+    optimizer = build_optimizer(trained, task.roles(), OptimizerSection(learning_rate=1e-5))
     generator = torch.Generator().manual_seed(1)
     tokens_BT = torch.randint(3, setting.base.vocab_size, (rows, length + 1), generator=generator)
-    batch = Batch(tokens_BT, torch.arange(length + 1).expand(rows, -1)).to(setting.device)
+    batch = Batch(tokens_BT, torch.arange(length + 1).expand(rows, -1))
+    batches = Prefetch(lambda _: task.complete(batch), device=setting.device)
+    numbers = itertools.count()
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        loss, _ = way(batch, 1.0)
+        loss, _ = task.differentiate(batches(next(numbers)), 1.0)
         nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
         return loss
@@ -174,6 +182,8 @@ def row_of(
     except Exception as error:
         traceback.print_exc()
         row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    finally:
+        batches.close()
     # The next row begins with the same weights.
     for name, parameter in trained.items():
         parameter.data.copy_(saved[name])
@@ -263,7 +273,8 @@ class Column:
 
 COLUMNS = (
     Column("part", "part", "{}"), Column("rows", "rows", "{}"), Column("tokens", "length", "{:,}"),
-    Column("layers kept", "kept", "{}"), Column("graph", "graph", "{}"), Column("ms a step", "ms", "{:.1f}"),
+    Column("layers kept", "kept", "{}"), Column("graph", "graph", "{}"), Column("tables", "tables", "{}"),
+    Column("ms a step", "ms", "{:.1f}"),
     Column("tok/s", "tokens_per_second", "{:,.0f}"), Column("peak GiB", "peak_gib", "{:.1f}"),
     Column("MFU", "mfu", "{:.0%}"), Column("loss", "loss", "{:.4f}"),
 )  # fmt: skip

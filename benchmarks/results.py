@@ -29,6 +29,7 @@ COSTS = {
         "tokens": ("length", "{:,}"),
         "layers kept": ("kept", "{}"),
         "graph": ("graph", "{}"),
+        "tables": ("tables", "{}"),
         "ms": ("ms", "{:.0f}"),
         "tok/s": ("tokens_per_second", "{:,.0f}"),
         "peak GiB": ("peak_gib", "{:.1f}"),

@@ -21,6 +21,7 @@ from tiny_gemma4 import build_teacher
 from trihybrid.data import Batch
 from trihybrid.distill.align import AlignTask
 from trihybrid.distill.extend import ExtendTask, Extension
+from trihybrid.distill.host_table import leave_tables
 from trihybrid.distill.match import Matching, MatchTask
 from trihybrid.distill.pair import Pair
 from trihybrid.distill.section import NEW_MIXERS
@@ -42,7 +43,7 @@ IN_PARTS = {
     "align-parts-shard": True,
     "match-parts-shard": True,
 }
-"""Case whose rows lie in two parts -> whether weights are shared out too."""
+"""Case whose rows lie in two parts -> whether weights are shared out too, and tables left on the host."""
 STEPS, HALF = 4, "step-000002"
 RETAINED = "model.layers.3.self_attn.q_proj.weight"
 """Of a layer that both have: the teacher keeps a twin of it where it trains, and stage 1 does not run it."""
@@ -90,12 +91,19 @@ def section_of(optimizer: str) -> TrainSection:
 
 
 def fit_case(
-    case: str, folder: Path, workers: Workers, task: LossTask | None = None, shard: bool = True
+    case: str,
+    folder: Path,
+    workers: Workers,
+    task: LossTask | None = None,
+    shard: bool = True,
+    host: bool = False,
 ) -> tuple[LossTask, FitSummary]:
-    """Fit one case as one of the workers, on this worker's rows or parts of them."""
+    """Fit one case as one of the workers, on this worker's rows or parts of them; `host` leaves tables on the host."""
     stage, optimizer, dtype = CASES[case]
     if task is None:
         task = task_of(stage, dtype, workers.part())
+        if host:
+            leave_tables(task.module.student, workers.device)
         if workers.count > 1 and shard:
             task.shard(workers)
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +113,7 @@ def fit_case(
         whole = batch_of(step, rows=4)
         rows = slice(workers.share, None, workers.shares)
         mine = Batch(whole.tokens_BT[rows], whole.positions_BT[rows])
-        return mine.part(workers.rank % workers.context, workers.context)
+        return task.complete(mine.part(workers.rank % workers.context, workers.context))
 
     checkpoints = Checkpoints(folder / "checkpoints", stage, "parent")
     with exact_norms():
@@ -130,18 +138,18 @@ def main() -> None:
     with process_group("cpu", f"file://{folder}/rendezvous", rank, count) as workers:
         together = replace(workers, context=2)
         for name, shard in IN_PARTS.items():
-            task, _ = fit_case(name.partition("-")[0], folder / name, together, shard=shard)
+            task, _ = fit_case(name.partition("-")[0], folder / name, together, shard=shard, host=shard)
             whole = task.whole_parameters()
             if workers.first:
                 save_file(whole, folder / f"{name}.safetensors")
         if count > 2:
             return
-        for name in (*CASES, "match-again", "extend-from-one"):
+        for name in (*CASES, "untied-host", "match-again", "extend-from-one"):
             case = name.partition("-")[0]
             if name == "match-again" and workers.first:
                 half_way(folder / "match", folder / name)
             workers.wait()
-            task, _ = fit_case(case, folder / name, workers)
+            task, _ = fit_case(case, folder / name, workers, host=name.endswith("-host"))
             whole = task.whole_parameters()
             assert bool(whole) == workers.first
             if workers.first:

@@ -29,6 +29,17 @@ def test_all_parts_run_and_the_dense_form_has_the_same_loss(rows) -> None:
 
 
 @pytest.mark.long
+def test_tables_on_the_host_change_no_loss(rows) -> None:
+    found = list(distill_e2b.measure(distill_e2b_models.tiny(), ["align", "match"], False, tables="host"))
+    assert [row["failed"] for row in found if "failed" in row] == []
+    wanted = {(row["part"], row.get("kept")): row["loss"] for row in rows if row.get("tables") == "device"}
+    assert {(row["part"], row.get("kept")): row["loss"] for row in found} == {
+        key: wanted[key] for key in (("align", None), ("match", 0), ("match", 2))
+    }
+    assert {row["tables"] for row in found} == {"host"}
+
+
+@pytest.mark.long
 def test_flops_of_a_step(rows) -> None:
     """More tokens cost more in proportion but for the scores, and the dense form counts as ours does."""
     found = {row["part"]: row["flops"] / row["length"] for row in rows}

@@ -135,6 +135,13 @@ def test_masters_are_float32_and_whole(one: Path, two: Path) -> None:
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
 
 
+def test_a_table_on_the_host_changes_nothing(two: Path) -> None:
+    """It is neither split nor gathered; the head beside it is. Its rows are the same numbers, so all else is too."""
+    assert apart(two, two, "untied", "untied-host") == 0.0
+    losses, wanted = ([row["loss"] for row in rows_of(two / name)] for name in ("untied-host", "untied"))
+    assert losses == wanted
+
+
 def test_a_killed_run_of_two_goes_on_to_the_bit(two: Path) -> None:
     assert rows_of(two / "match-again")[0]["step"] == 2
     assert apart(two, two, "match", "match-again") == 0.0

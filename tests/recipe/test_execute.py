@@ -2,20 +2,22 @@
 
 import json
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tiny_published import write_published
+from trihybrid.data.shards import TokenShards
 from trihybrid.distill.match import MatchTask
 from trihybrid.distill.section import ExtendSection
 from trihybrid.models.checkpoint import load_model, load_student, load_teacher
 from trihybrid.models.gemma4 import TrihybridGemma4ForCausalLM
-from trihybrid.recipe.execute import _task, execute
+from trihybrid.recipe.execute import execute
 from trihybrid.recipe.load import dump_recipe, load_recipe
-from trihybrid.run import Lineage, RunDirectory, hash_file, hash_folder, read_log
+from trihybrid.recipe.stage_task import stage_task
+from trihybrid.run import Lineage, hash_file, hash_folder, read_log
 from trihybrid.storage.folder import check_folder
 from trihybrid.surgery.operate import read_plan
 from trihybrid.train.distributed import ALONE
@@ -102,6 +104,10 @@ def test_the_log_holds_every_step_once(micro: ModuleType, micro_run: Path) -> No
         (["surgery.pattern=SR"], 'pattern "SR" has 2 slots, the model has 3 layers'),
         (["surgery.legend={S: sliding, R: mamba}"], "mamba"),
         (["teacher.pretrain.shape.nose=1"], "shape: unknown fields ['nose']"),
+        (
+            ["stages.0.tables=host", "teacher.pretrain.shape.hidden_size_per_layer_input=0"],
+            "tables: host, but this model's only table is its head too",
+        ),
         (["teacher.pretrain=null", "teacher.folder=nowhere"], "nowhere: no such model folder"),
     ],
 )
@@ -144,9 +150,12 @@ def test_a_teacher_from_a_folder_is_copied_and_converted_alike(
 def test_three_stages_with_a_sliding_layer_in_the_last(
     micro_recipe: Path, micro_run: Path, tmp_path: Path
 ) -> None:
-    """Stage 3 goes on from stage 2, on rows of three windows, and trains what its patterns name."""
+    """Stage 3 goes on from stage 2, on rows of three windows, and trains what its patterns name; the table that all
+    stages leave on the host is in every model again."""
     loop = {"steps": 1, "batch_size": 2, "sequence_length": 16}
-    stages: list[dict] = [{"kind": kind, "loop": loop} for kind in ("align", "match", "extend")]
+    stages: list[dict] = [
+        {"kind": kind, "loop": loop, "tables": "host"} for kind in ("align", "match", "extend")
+    ]
     sliding = "model.layers.0.self_attn.q_proj.weight"
     stages[2] |= {"loop": loop | {"sequence_length": 72}, "train": ["*.rwkv7.w0", sliding]}
     overrides = ["teacher.pretrain=null", f"teacher.folder={micro_run / 'teacher'}"]
@@ -159,10 +168,10 @@ def test_three_stages_with_a_sliding_layer_in_the_last(
 
 
 def test_the_last_stage_by_kl_is_stage_two_without_its_alignment(micro_run: Path) -> None:
-    run = SimpleNamespace(directory=RunDirectory(micro_run, create=False), workers=ALONE)
     fields = {"loop": {"steps": 1}, "loss": "kl", "chunk": 9, "kept_layers": 1, "train": ["*.rwkv7.w0"]}
     stage = ExtendSection.model_validate(fields)
-    task = _task(run, stage, load_student(micro_run / "matched"))  # type: ignore[arg-type]
+    text = TokenShards(micro_run / "data" / "train")
+    task = stage_task(stage, load_student(micro_run / "matched"), micro_run / "teacher", text, ALONE)
     assert isinstance(task, MatchTask) and all(name.endswith("w0") for name in task.parameters())
     module = task.module
     assert (module.alignment_weight, module.chunk, module.recomputed) == (0.0, 9, 2)

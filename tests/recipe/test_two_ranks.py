@@ -1,5 +1,5 @@
 """A conversion by two processes of torchrun, which share out the weights in stage 1 and the tokens of each row in stage
-2, is that of one; killed, it goes on with one, and no token is lost."""
+2, and leave a table on the host in both stages, is that of one; killed, it goes on with one, and no token is lost."""
 
 import os
 import shutil
@@ -28,9 +28,11 @@ OVERRIDES = [
     "stages.0.loop.batch_size=4",
     "stages.0.loop.accumulate=2",
     "stages.0.parallel=shard",
+    "stages.0.tables=host",
     "stages.1.loop.steps=24",
     "stages.1.checkpointing=true",
     "stages.1.context=2",
+    "stages.1.tables=host",
 ]
 SCRIPT = "import torch\n\ntorch.set_default_dtype(torch.float64)\nfrom trihybrid.cli import main\n\nmain()\n"
 """In float64, though transformers' norms compute in float32: in float32 alone AdamW makes 1e-3 of the noise within
@@ -66,10 +68,11 @@ def killed(micro_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def one_rank(micro_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run by one process."""
+    """The same run by one process, with all tables where the model is."""
     folder = tmp_path_factory.mktemp("rank") / "run"
     with float64():
-        assert execute(load_recipe(micro_recipe, OVERRIDES), folder) is not None
+        recipe = load_recipe(micro_recipe, [*OVERRIDES, "stages.0.tables=device", "stages.1.tables=device"])
+        assert execute(recipe, folder) is not None
     return folder
 
 

@@ -49,9 +49,12 @@ class Alignment(nn.Module):
         """Its parameters that do."""
         return self.pair.trained
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss over slots and the loss of each, for int64 tokens and positions [B, T]."""
-        hidden_BTD, stream = self.pair.prepare(input_ids, position_ids)
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, rows: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss over slots and the loss of each, for int64 tokens and positions [B, T], and rows of tables that
+        are on the host."""
+        hidden_BTD, stream = self.pair.prepare(input_ids, position_ids, rows)
         ours = stream.fork()
         losses: dict[str, Tensor] = {}
         for index, layer in enumerate(self.layers[: max(self.pair.converted) + 1]):
@@ -84,7 +87,7 @@ class AlignTask(LossTask):
         super().__init__(Alignment(pair, checkpointing))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        loss, losses = self.module(batch.inputs, batch.positions)
+        loss, losses = self.module(*self.inputs(batch))
         return loss, {name: value.detach() for name, value in losses.items()}
 
 

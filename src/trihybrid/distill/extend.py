@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trihybrid.data.packing import IGNORED, Batch
 from trihybrid.distill.fuse import fuse
+from trihybrid.distill.host_table import prepare
 from trihybrid.distill.recompute import run_layer
 from trihybrid.distill.task import LossTask
 from trihybrid.distill.together import Together
@@ -56,11 +57,17 @@ class Extension(nn.Module):
         self.recomputed = len(student.model.layers) - kept_layers if checkpointing else 0
         self.layers = nn.ModuleList(map(Together, student.model.layers))
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, targets_BT: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        targets_BT: Tensor,
+        rows: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Mean cross-entropy in nats for int64 tokens and positions [B, T] and their next tokens, -100 where none is
-        to be predicted; of a part without any, 0."""
+        to be predicted, and rows of tables that are on the host; of a part without targets, 0."""
         model = self.student.model
-        hidden_BTD, stream = model.prepare(input_ids, position_ids=position_ids, part=self.part)
+        hidden_BTD, stream = prepare(model, input_ids, position_ids, rows, part=self.part)
         for index, layer in enumerate(self.layers):
             hidden_BTD = layer(run_layer, model, index, hidden_BTD, stream, index < self.recomputed)
         # Gathered by all workers where it is shared out, so by this one in any case.
@@ -82,7 +89,8 @@ class ExtendTask(LossTask):
     """`Extension` as the training loop wants it."""
 
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        return self.module(batch.inputs, batch.positions, batch.targets), {}
+        ids_BT, positions_BT, rows = self.inputs(batch)
+        return self.module(ids_BT, positions_BT, batch.targets, rows), {}
 
     def weight(self, batch: Batch) -> float:
         """The number of its targets: rows with more documents have fewer."""

@@ -8,7 +8,7 @@ Legend: B batch, T tokens, D model width, N documents.
 """
 
 from collections import UserDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -28,7 +28,9 @@ FEWEST = 64
 class Losses(Protocol):
     """What is recorded: a loss and its parts from what `prepare` made, without waiting for the device."""
 
-    def prepare(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Stream]:
+    def prepare(
+        self, input_ids: Tensor, position_ids: Tensor, rows: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Stream]:
         """Hidden states [B, T, D] and all that the layers read beside them."""
         ...
 
@@ -54,10 +56,14 @@ class Graphed:
         self._recorded: dict[tuple, tuple[GraphedGradients, dict[str, Tensor]]] = {}
 
     def __call__(
-        self, input_ids: Tensor, position_ids: Tensor, share: float
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        share: float,
+        rows: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Add `share` times the gradient to the parameters' gradients; the loss and its parts, without gradients."""
-        hidden_BTD, stream = self._module.prepare(input_ids, position_ids)
+        hidden_BTD, stream = self._module.prepare(input_ids, position_ids, rows)
         tensors, stream = self.take_apart(hidden_BTD, stream)
         form = (share, *((name, tuple(x.shape)) for name, x in tensors.items()))
         if form not in self._recorded:

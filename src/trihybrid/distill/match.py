@@ -70,14 +70,18 @@ class Matching(nn.Module):
         """Its parameters that do."""
         return self.pair.trained
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, rows: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and its parts (kl, hidden, agreement, the distance after each layer) for int64 tokens and positions
-        [B, T]."""
-        return self.losses(*self.prepare(input_ids, position_ids))
+        [B, T], and rows of tables that are on the host."""
+        return self.losses(*self.prepare(input_ids, position_ids, rows))
 
-    def prepare(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Stream]:
+    def prepare(
+        self, input_ids: Tensor, position_ids: Tensor, rows: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Stream]:
         """What `losses` begins with: hidden states of the embedding [B, T, D] and the stream."""
-        return self.pair.prepare(input_ids, position_ids)
+        return self.pair.prepare(input_ids, position_ids, rows)
 
     def losses(self, teacher_BTD: Tensor, stream: Stream) -> tuple[Tensor, dict[str, Tensor]]:
         """The same from what `Pair.prepare` returns; waits for no device."""
@@ -140,13 +144,14 @@ class MatchTask(LossTask):
         self.graphed = Graphed(module, list(module.pair.trained.values())) if graph and on_gpu else None
 
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        loss, parts = self.module(batch.inputs, batch.positions)
+        loss, parts = self.module(*self.inputs(batch))
         return loss, {name: value.detach() for name, value in parts.items()}
 
     def differentiate(self, batch: Batch, share: float) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """Add `share` times the gradient of the batch's loss to the parameters' gradients; what `loss` returns."""
         if self.graphed is not None:
-            return self.graphed(batch.inputs, batch.positions, share)
+            ids_BT, positions_BT, rows = self.inputs(batch)
+            return self.graphed(ids_BT, positions_BT, share, rows)
         return super().differentiate(batch, share)
 
 

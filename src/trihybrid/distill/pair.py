@@ -5,7 +5,7 @@ what differs: its attention where the student has new mixers, and a twin of what
 Legend: B batch, T time, D model width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trihybrid.distill.fuse import fuse
+from trihybrid.distill.host_table import prepare
 from trihybrid.distill.together import Together
 from trihybrid.distill.trained import select
 from trihybrid.models.decoder.language_model import HybridForCausalLM
@@ -87,12 +88,15 @@ class Pair(nn.Module):
             _check_equal(teacher.lm_head, student.lm_head, "lm_head.")
         self.teacher_layers.requires_grad_(False)
 
-    def prepare(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Stream]:
-        """Hidden states [B, T, D] and the stream with what the layers of both need; without gradient."""
+    def prepare(
+        self, input_ids: Tensor, position_ids: Tensor, rows: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Stream]:
+        """Hidden states [B, T, D] and the stream with what the layers of both need; without gradient. `rows` are those
+        of tables on the host."""
         model = self.student.model
         types = {attention.layer_type for attention in model.anatomy.attentions}
         with torch.no_grad():
-            return model.prepare(input_ids, position_ids=position_ids, layer_types=types, part=self.part)
+            return prepare(model, input_ids, position_ids, rows, types, self.part)
 
     @torch.no_grad()
     def teacher_layer(

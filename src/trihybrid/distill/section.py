@@ -27,6 +27,11 @@ class StageSection(TrainSection):
         description="under torchrun, how many processes share each row, each with an equal and contiguous part of its "
         "tokens; divides the number of processes and loop.sequence_length",
     )
+    tables: Literal["device", "host"] = Field(
+        default="device",
+        description="where frozen tables lie (per-layer inputs, and an embedding that is not the head too): device, or "
+        "host, where the rows of a step are looked up while the step before it runs, less memory of the device",
+    )
 
     @model_validator(mode="after")
     def _parts_of_rows_are_equal(self) -> "StageSection":

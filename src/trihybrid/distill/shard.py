@@ -40,7 +40,7 @@ class Losses(Protocol):
         """Those that do, by the student's names."""
         ...
 
-    def __call__(self, *batch: Tensor) -> Any:
+    def __call__(self, *batch: Any) -> Any:
         """The loss, alone or with its parts."""
         ...
 

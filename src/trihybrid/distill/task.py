@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from trihybrid.data.packing import Batch
+from trihybrid.distill.host_table import LookedUpBatch, host_tables, look_up
 from trihybrid.distill.shard import Losses, Sharded
 from trihybrid.distill.trained import roles_of
 from trihybrid.train.distributed import Workers
@@ -43,6 +44,19 @@ class LossTask:
 
     def roles(self) -> dict[str, str]:
         return roles_of(self.module.student, self.module.trained)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the student is in one piece here: its weights not shared out, its tables not left on the host."""
+        return self._sharded is None and not host_tables(self.module.student.model)
+
+    def complete(self, batch: Batch) -> Batch:
+        """The batch, ids on the host, with the rows of the student's tables that are there."""
+        return look_up(self.module.student.model, batch)
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Mapping[str, Tensor] | None]:
+        """What the module reads of a batch: ids and positions [B, T], and the rows."""
+        return batch.inputs, batch.positions, batch.rows if isinstance(batch, LookedUpBatch) else None
 
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         raise NotImplementedError

@@ -20,22 +20,16 @@ from transformers import Gemma4ForCausalLM
 
 from trihybrid.data import Batch, PackedBatches, Prefetch, PreparedData, prepare
 from trihybrid.data.section import load_tokenizer
-from trihybrid.distill.align import AlignTask
-from trihybrid.distill.extend import ExtendTask, Extension
-from trihybrid.distill.match import Matching, MatchTask
-from trihybrid.distill.pair import Pair
-from trihybrid.distill.section import AlignSection, ExtendSection, MatchSection
-from trihybrid.distill.task import LossTask
+from trihybrid.distill.host_table import check_apart
 from trihybrid.distill.trained import set_parameters
 from trihybrid.models.checkpoint import load_student, load_teacher
-from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.shapes import TeacherConfig
-from trihybrid.ops.part import Part
 from trihybrid.pretrain.task import PretrainTask
 from trihybrid.recipe.load import dump_recipe, load_conversion
 from trihybrid.recipe.measure import measure
 from trihybrid.recipe.planned import check_shape, teacher_name
 from trihybrid.recipe.schema import NAMES, Recipe, Stage
+from trihybrid.recipe.stage_task import stage_task
 from trihybrid.recipe.workers import recipe_workers
 from trihybrid.run import Lineage, RunDirectory, RunLog, hash_folder, hash_json, write_json, write_text
 from trihybrid.run.tracking import Tracker, check_trackers, open_trackers
@@ -43,7 +37,7 @@ from trihybrid.storage.folder import save_folder
 from trihybrid.surgery.layout import window_of
 from trihybrid.surgery.operate import operate, read_plan, save_student
 from trihybrid.surgery.plan import make_plan
-from trihybrid.train import Checkpoints, Task, TrainSection, Workers, check_division, fit
+from trihybrid.train import Checkpoints, CompletesBatches, Task, TrainSection, Workers, check_division, fit
 
 _logger = logging.getLogger(__name__)
 
@@ -111,7 +105,8 @@ class Run:
         place = workers.rank % workers.context
 
         def batch(step: int) -> Batch:
-            return packed.batch(step, workers.share, workers.shares).part(place, workers.context)
+            made = packed.batch(step, workers.share, workers.shares).part(place, workers.context)
+            return task.complete(made) if isinstance(task, CompletesBatches) else made
 
         def name_batch(step: int) -> str:
             rows = packed.name(step, workers.share, workers.shares)
@@ -202,6 +197,8 @@ def check_recipe(recipe: Recipe, workers: int = 1) -> TeacherConfig:
         base = load_teacher(str(recipe.teacher.folder)).config
         check_shape(recipe, base)
     make_plan(base, recipe.surgery, teacher_name(recipe), contexts=(4096,))
+    if any(stage.tables == "host" for stage in recipe.stages):
+        check_apart(base)
     if base.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"data.tokenizer has {tokenizer.vocab_size} tokens, the teacher knows {base.vocab_size}; "
@@ -271,6 +268,9 @@ def _make_teacher(run: Run) -> str:
 
     def make(stage_hash: str) -> None:
         if section is None:
+            # A published teacher becomes memory of each process that reads it, and one of them writes.
+            if not run.workers.first:
+                return
             model = load_teacher(str(run.recipe.teacher.folder))
         else:
             torch.manual_seed(section.loop.seed)
@@ -331,12 +331,12 @@ def _distil(run: Run, stage: Stage, before: str, parent: str) -> str:
                 "context: %d, but one process is alone and computes whole rows; torchrun starts several",
                 stage.context,
             )
-        task = _task(run, stage, student, workers)
+        task = stage_task(stage, student, run.directory.model("teacher"), run.data.train, workers)
         run.train(name, parent, stage_hash, task, stage, workers)
         trained = task.whole_parameters()
         if run.workers.first:
-            if task.rows():
-                # What is shared out is whole no more; what did not train is as it was.
+            if not task.whole:
+                # What is shared out or left on the host is whole no more; what did not train is as it was.
                 student = load_student(run.directory.model(before))
                 set_parameters(student, trained)
             plan = read_plan(run.directory.model(before))
@@ -347,45 +347,3 @@ def _distil(run: Run, stage: Stage, before: str, parent: str) -> str:
             gc.collect()
 
     return run.phase(name, parent, stage.model_dump(mode="json"), make)
-
-
-def _task(run: Run, stage: Stage, student: HybridForCausalLM, workers: Workers) -> LossTask:
-    shard = stage.parallel == "shard" and workers.count > 1
-    # Weights that will be shared out go to the device in parts.
-    device = torch.device("cpu") if shard else workers.device
-    task = _whole_task(run, stage, student, device, workers.part())
-    if shard:
-        task.shard(workers)
-    elif stage.parallel == "shard":
-        _logger.info("parallel: one process holds all weights, there is nobody to share them with")
-    return task
-
-
-def _whole_task(
-    run: Run, stage: Stage, student: HybridForCausalLM, device: torch.device, part: Part | None
-) -> LossTask:
-    if isinstance(stage, ExtendSection) and stage.loss == "cross_entropy":
-        sizes = (stage.chunk, stage.block, stage.checkpointing, stage.kept_layers)
-        return ExtendTask(Extension(student, stage.train, *sizes, part=part).to(device))
-    pair = Pair(student, load_teacher(run.directory.model("teacher")), stage.train, part).to(device)
-    if isinstance(stage, AlignSection):
-        return AlignTask(pair, stage.checkpointing)
-    if isinstance(stage, ExtendSection):
-        stage = MatchSection(**stage.model_dump(exclude={"kind", "loss"}), alignment_weight=0.0)
-    allowed = None
-    if stage.vocabulary == "training":
-        allowed = torch.unique(
-            torch.from_numpy(run.data.train.tokens(0, len(run.data.train)).astype("int64"))
-        ).to(run.workers.device)
-    matching = Matching(
-        pair,
-        stage.temperature,
-        stage.alignment_weight,
-        allowed,
-        stage.chunk,
-        checkpointing=stage.checkpointing,
-        kept_layers=stage.kept_layers,
-        top_k=stage.top_k,
-        block=stage.block,
-    )
-    return MatchTask(matching, stage.graph)

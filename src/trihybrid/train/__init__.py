@@ -16,7 +16,15 @@ from trihybrid.train.section import (
     ScheduleSection,
     TrainSection,
 )
-from trihybrid.train.task import FollowsProgress, HasModule, Shards, SplitsBatches, Task, Weighs
+from trihybrid.train.task import (
+    CompletesBatches,
+    FollowsProgress,
+    HasModule,
+    Shards,
+    SplitsBatches,
+    Task,
+    Weighs,
+)
 
 __all__ = [
     "ALONE",
@@ -25,6 +33,7 @@ __all__ = [
     "Average",
     "AverageSection",
     "Checkpoints",
+    "CompletesBatches",
     "FitSummary",
     "FollowsProgress",
     "HasModule",

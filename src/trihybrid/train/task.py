@@ -1,8 +1,8 @@
 """The task: all that a training loop needs to know of what it trains.
 
 The loop gets an opaque batch from a function of the step and hands it to the task, which knows the model, the
-data and the losses. What a task may do besides, it shows by having the method: `SplitsBatches`, `Weighs`,
-`FollowsProgress`, `Differentiates`, `HasModule`, `Shards`.
+data and the losses. What a task may do besides, it shows by having the method: `CompletesBatches`,
+`SplitsBatches`, `Weighs`, `FollowsProgress`, `Differentiates`, `HasModule`, `Shards`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,6 +34,15 @@ class Task(Protocol):
 
     def tokens(self, batch: Any) -> int:
         """Tokens that the batch trains on, for the account of tokens and tokens a second."""
+        ...
+
+
+@runtime_checkable
+class CompletesBatches(Protocol):
+    """A task that adds to a batch where it is made: on the host, ahead of its step, in another thread."""
+
+    def complete(self, batch: Any) -> Any:
+        """The batch with what `loss` needs beside it; a pure function of the batch and of what does not train."""
         ...
 
 
