@@ -1,0 +1,279 @@
+"""What the compiler makes of every Triton kernel, for GPUs that need not be here: registers, spills, shared memory.
+
+    python benchmarks/kernel_resources.py [--architecture 80] [--only wkv7] [--json FOLDER]
+
+Needs Triton, whose own ptxas and cuobjdump it runs, and no GPU: kernels are compiled for the shapes of the models that
+call them, and nothing is launched. Architectures are 80 (A100), 86 and 89 (RTX 30 and 40), and 90 (H100, H200); without
+one, all. Prints a row a program: warps, registers a thread, spilled bytes a thread, shared memory a block, and how many
+blocks a multiprocessor holds by these. Exits with 1 where one needs more shared memory than a block may have.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import CustomOpDef
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+KIB = 1024
+BLOCK = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB}
+"""Shared memory that a block may ask for, and (below) that a multiprocessor has; CUDA programming guide, compute
+capabilities."""
+WHOLE = {80: 164 * KIB, 86: 100 * KIB, 89: 100 * KIB, 90: 228 * KIB}
+THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048}
+REGISTERS, RESERVED = 65_536, KIB
+PROCESSORS = 132
+
+
+class Absent:
+    """A GPU that is not here."""
+
+    def __init__(self, architecture: int) -> None:
+        self._target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+
+@contextmanager
+def compiling(architecture: int) -> Iterator[list[Any]]:
+    """A list of all programs that kernels need while it is open; they are compiled and not launched."""
+    programs: list[Any] = []
+    launch = JITFunction.run
+
+    def run(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        program = launch(self, *arguments, grid=grid, warmup=True, **options)
+        if all(program.hash != other.hash for other in programs):
+            programs.append(program)
+        return program
+
+    properties = SimpleNamespace(multi_processor_count=PROCESSORS)
+    driver.set_active(Absent(architecture))
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(architecture, 10)),
+    ):
+        yield programs
+
+
+def room(name: str) -> ModuleType:
+    """A module of operators, which run their kernels for CPU tensors from now on."""
+    module = importlib.import_module(f"trihybrid.ops.{name}")
+    for operator in vars(module).values():
+        if isinstance(operator, CustomOpDef):
+            operator.register_kernel("cpu")(operator._init_fn)
+    for condition in {"fusable", "fits"} & set(vars(module)):
+        setattr(module, condition, lambda *given: True)
+    return module
+
+
+def leaf(*shape: int) -> Tensor:
+    """bfloat16 that wants a gradient."""
+    return torch.randn(shape, dtype=torch.bfloat16).requires_grad_()
+
+
+def wkv7(width: int, grouped: bool) -> None:
+    """8 of the converted slots' heads, 4 of which share keys and values, with resets, in both directions."""
+    from trihybrid.ops.wkv7.triton import wkv7_triton, wkv7_triton_grouped
+
+    room("wkv7.triton")
+    heads, groups = 8, 2 if grouped else 8
+    log_w = (-torch.rand(1, 256, heads, width)).requires_grad_()
+    own = [leaf(1, 256, heads, width) for _ in range(2)]
+    shared = [leaf(1, 256, groups, width) for _ in range(3)]
+    state, reset = torch.zeros(1, heads, width, width).requires_grad_(), torch.zeros(1, 256, dtype=torch.bool)
+    operator = wkv7_triton_grouped if grouped else wkv7_triton
+    o, last = operator(own[0], log_w, shared[0], shared[1], shared[2], own[1], state, reset)
+    (o.float().sum() + last.sum()).backward()
+
+
+def wkv7_step() -> None:
+    """E2B's heads, one sequence and many."""
+    launch = importlib.import_module("trihybrid.ops.wkv7.decode.triton").launch
+    for batch in (1, 32):
+        tokens = [torch.randn(batch, 1, 32, 128, dtype=torch.bfloat16) for _ in range(6)]
+        state = torch.zeros(batch, 32, 128, 128)
+        launch(tuple(tokens), state, state, None)
+
+
+def divergence() -> None:
+    """Blocks of E2B's vocabulary."""
+    module = importlib.import_module("trihybrid.ops.divergence.triton")
+    tables = importlib.import_module("trihybrid.ops.divergence.tables")
+    student, teacher = torch.randn(4, 32_768), torch.randn(4, 32_768)
+    norms = torch.zeros(4), torch.ones(4)
+    sums = tables.Sums(4, student.device, torch.float32)
+    for other, its_norms in ((teacher, norms), (None, None)):
+        module.add_block(sums, student.clone(), other, 30.0, 1.0, 0)
+        module.block_error(student.clone(), other, norms, its_norms, 30.0, 1.0, torch.bfloat16)
+
+
+def gated_gelu() -> None:
+    """E2B's MLP."""
+    module = importlib.import_module("trihybrid.ops.gated_gelu.triton")
+    x = torch.randn(2, 6144, dtype=torch.bfloat16)
+    module.forward(x, x)
+    module.backward(x, x, x)
+
+
+def decode_attention() -> None:
+    """E2B's heads, and TICA's."""
+    launch = importlib.import_module("trihybrid.ops.decode_attention.triton").launch
+    for batch in (1, 64):
+        for heads, groups, width in ((8, 1, 256), (8, 1, 512), (16, 4, 64)):
+            keys = torch.randn(8, 64, groups, width, dtype=torch.bfloat16)
+            table = torch.zeros(batch, 64, dtype=torch.int64)
+            q = torch.randn(batch, heads, width, dtype=torch.bfloat16)
+            launch(q, keys, keys, table, torch.ones(batch, dtype=torch.int64), 1.0)
+
+
+def window_attention() -> None:
+    """The compact models' heads."""
+    q, k, v = leaf(1, 256, 8, 64), leaf(1, 256, 4, 64), leaf(1, 256, 4, 64)
+    room("window_attention").window_attention(q, k, v, torch.arange(256)[None], 128, 0.125).sum().backward()
+
+
+def squared_mlp() -> None:
+    """The compact models' MLP, without and with a slope."""
+    for slope in (0.0, 0.5):
+        x, up, down = leaf(512, 512), leaf(1536, 512), leaf(512, 1536)
+        room("squared_mlp").squared_mlp(x, up, down, slope).sum().backward()
+
+
+def rotary() -> None:
+    """Heads with and without a gain."""
+    module = room("rotary")
+    table = module.rotary_table(torch.arange(64)[None], module.frequencies(16, 1e4, 16, None, torch.float32))
+    x, gain = leaf(1, 64, 8, 64), torch.ones(8).requires_grad_()
+    for own in (gain, None):
+        module.normed_rotation(x, own, *table, 1e-6).sum().backward()
+
+
+def exclude_value() -> None:
+    """The compact models' heads."""
+    room("exclude_value").exclude_own_value(leaf(1, 64, 8, 64), leaf(1, 64, 4, 64)).sum().backward()
+
+
+def mixed_norm() -> None:
+    """With everything that a block of the compact models may have, and with nothing of it."""
+    module = room("mixed_norm")
+    x, branch, first, gate = (leaf(1, 64, 512) for _ in range(4))
+    mix, shares = torch.randn(2, 512).requires_grad_(), torch.rand(2, 512).requires_grad_()
+    positions = torch.arange(64)[None]
+    for stream in ((x, branch, first, mix), (x, None, None, None)):
+        sum(part.sum() for part in module.mixed_blend(*stream, positions, *shares, 0.3, 1e-6)).backward()
+        sum(part.sum() for part in module.mixed_norm(*stream, 0.3, 1e-6)).backward()
+    sum(part.sum() for part in module.mixed_norm(x, branch, None, None, 0.3, 1e-6, gate)).backward()
+
+
+ROOMS: dict[str, tuple[Callable[[], None], ...]] = {
+    "wkv7": (partial(wkv7, 64, False), partial(wkv7, 128, False), partial(wkv7, 128, True)),
+    "wkv7/decode": (wkv7_step,),
+    "decode_attention": (decode_attention,),
+    "divergence": (divergence,),
+    "gated_gelu": (gated_gelu,),
+    "window_attention": (window_attention,),
+    "squared_mlp": (squared_mlp,),
+    "rotary": (rotary,),
+    "exclude_value": (exclude_value,),
+    "mixed_norm": (mixed_norm,),
+}
+HOPPER = ("squared_mlp",)
+"""Kernels that their operators take to compute capability 9 only."""
+
+
+def row(name: str, architecture: int, program: Any) -> dict[str, Any]:
+    """What one program takes."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(program.asm["cubin"])
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout)
+    assert found is not None, said.stdout
+    registers, stack = map(int, found.groups())
+    warps, shared = program.metadata.num_warps, program.metadata.shared
+    # Registers are given out by 8 a thread.
+    blocks = min(
+        REGISTERS // (-(-registers // 8) * 8 * 32 * warps),
+        WHOLE[architecture] // (shared + RESERVED),
+        THREADS[architecture] // (32 * warps),
+    )
+    return {
+        "room": name,
+        "architecture": architecture,
+        "kernel": program.metadata.name,
+        "warps": warps,
+        "registers": registers,
+        "spilled": stack,
+        "shared": shared,
+        "blocks": blocks,
+        "fits": shared <= BLOCK[architecture],
+    }
+
+
+def main() -> int:
+    """Compile, print the table, and return the exit code."""
+    parser = argparse.ArgumentParser(
+        description="Registers, spills and shared memory of every Triton kernel."
+    )
+    parser.add_argument("--architecture", type=int, choices=sorted(BLOCK), help="one of them (default all)")
+    parser.add_argument("--only", choices=list(ROOMS), help="one room of kernels (default all)")
+    parser.add_argument("--json", type=Path, metavar="FOLDER", help="write kernel_resources.json into it")
+    arguments = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set; unset it, so that kernels are compiled")
+
+    print("| room | kernel | sm | warps | registers | spilled | shared | blocks |")
+    print("|---|---|---|---|---|---|---|---|")
+    rows = []
+    for architecture in (arguments.architecture,) if arguments.architecture else sorted(BLOCK):
+        for name in (arguments.only,) if arguments.only else ROOMS:
+            if name in HOPPER and architecture < 90:
+                continue
+            with compiling(architecture) as programs:
+                for call in ROOMS[name]:
+                    call()
+            for program in programs:
+                rows.append(row(name, architecture, program))
+                print(
+                    "| " + " | ".join(str(value) for value in list(rows[-1].values())[:-1]) + " |", flush=True
+                )
+    if arguments.json is not None:
+        arguments.json.mkdir(parents=True, exist_ok=True)
+        (arguments.json / "kernel_resources.json").write_text(json.dumps(rows, indent=2) + "\n")
+    large = [row for row in rows if not row["fits"]]
+    for found in large:
+        print(
+            f"{found['kernel']} needs {found['shared']} bytes of shared memory, sm_{found['architecture']} has "
+            f"{BLOCK[found['architecture']]} a block",
+            file=sys.stderr,
+        )
+    return 1 if large else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
