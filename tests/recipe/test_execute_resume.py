@@ -225,9 +225,8 @@ def test_a_killed_stage_goes_on_to_the_bit(
     assert not (run / "aligned").exists()
     assert [record.stage for record in Lineage(run / "lineage.json").records] == ["teacher", "operated"]
 
-    resumed = micro.start(*command, "--resume")
-    _, stderr = resumed.communicate(timeout=500)
-    assert resumed.returncode == 0, stderr
+    resumed = micro.trihybrid(*command, "--resume")
+    assert resumed.code == 0, resumed.stderr
     assert weights(run) == weights(micro_run)
     assert json.loads((run / "results.json").read_text()) == json.loads(
         (micro_run / "results.json").read_text()
