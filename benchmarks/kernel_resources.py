@@ -45,16 +45,17 @@ class Absent:
     """A GPU that is not here."""
 
     def __init__(self, architecture: int) -> None:
-        self._target = GPUTarget("cuda", architecture, 32)
+        self._architecture = architecture
 
     def get_current_device(self) -> int:
-        return 0
+        # Kernels remember by device what they were compiled for.
+        return self._architecture
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return self._target
+        return GPUTarget("cuda", self._architecture, 32)
 
 
 @contextmanager
@@ -247,7 +248,7 @@ def main() -> int:
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set; unset it, so that kernels are compiled")
 
-    print("| room | kernel | sm | warps | registers | spilled | shared | blocks |")
+    print("| room | sm | kernel | warps | registers | spilled | shared | blocks |")
     print("|---|---|---|---|---|---|---|---|")
     rows = []
     for architecture in (arguments.architecture,) if arguments.architecture else sorted(BLOCK):
