@@ -65,6 +65,13 @@ ROWS = {
     "shared": Ablation(
         "TICA with keys and values shared as the teacher shares them", ("surgery.share_kv=teacher",)
     ),
+    "inherited": Ablation(
+        "TICA starts from the teacher's channels without a position", ("surgery.tica.start=inherited",)
+    ),
+    "shared-inherited": Ablation(
+        "the same, with keys and values shared as the teacher shares them",
+        ("surgery.share_kv=teacher", "surgery.tica.start=inherited"),
+    ),
     "two-global": Ablation("two global layers kept", ("surgery.pattern=SSR SSR SSF SSF",)),
     "stage-1": Ablation("stage 1 only", stages=(0,)),
     "stage-2": Ablation("stage 2 only", stages=(1,)),

@@ -77,7 +77,8 @@ def main() -> int:
         parser.error("fewer than two GPUs here; --tiny runs a tiny shape on CPUs")
     with tempfile.TemporaryDirectory() as scratch:
         start(Path(scratch))
-        rows = list(read_rows(given.stages.split(","), forms, Path(scratch)))
+        size = {"rows": given.rows, "length": given.length}
+        rows = [row | size for row in read_rows(given.stages.split(","), forms, Path(scratch))]
     table(rows)
     if given.json is not None:
         given.json.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,8 @@ COSTS = {
         "stage": ("stage", "{}"),
         "form": ("form", "{}"),
         "GPUs": ("gpus", "{}"),
+        "rows": ("rows", "{}"),
+        "tokens": ("length", "{:,}"),
         "last loss": ("last", "{:.6f}"),
         "largest difference": ("apart", "{:.1e}"),
         "tok/s": ("tokens_per_second", "{:,.0f}"),

@@ -62,7 +62,7 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from which a GPU copies on its own; needs CUDA."""
-        return Batch(self.tokens_BT.pin_memory(), self.positions_BT.pin_memory())
+        return Batch(self.tokens_BT.contiguous().pin_memory(), self.positions_BT.contiguous().pin_memory())
 
     def split(self, parts: int) -> list["Batch"]:
         """The rows in `parts` equal parts, in their order; the parts are views.
