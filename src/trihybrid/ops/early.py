@@ -10,6 +10,7 @@ assemble below compute capability 9.0.
 
 import torch
 import triton
+import triton.language as tl
 from triton.language.extra import cuda
 
 
@@ -19,14 +20,14 @@ def early(device: torch.device) -> bool:
 
 
 @triton.jit
-def await_former(EARLY):
+def await_former(EARLY: tl.constexpr):
     """Wait until all that was launched before has ended and its writes are seen."""
     if EARLY:
         cuda.gdc_wait()
 
 
 @triton.jit
-def admit_next(EARLY):
+def admit_next(EARLY: tl.constexpr):
     """Let the next kernel begin as soon as every program has come here."""
     if EARLY:
         cuda.gdc_launch_dependents()
