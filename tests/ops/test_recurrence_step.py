@@ -57,7 +57,7 @@ def definition(mixer: Rwkv7, x_BP: Tensor, raised_BP: Tensor, state_BHNN: Tensor
     """The mixer, with the raw products in the place of its projections."""
     options = mixer.options
     channels, shared = options.channels, options.kv_channels
-    decay_BC, iclr_BC, gate_BC = raised_BP[:, None, : 3 * channels].chunk(3, -1)
+    iclr_BC, decay_BC, gate_BC = raised_BP[:, None, : 3 * channels].chunk(3, -1)
     r, k, v = x_BP[:, None, : channels + 2 * shared].split([channels, shared, shared], -1)
     r, k, v = (x.unflatten(-1, (-1, options.head_dim)) for x in (r, k, v))
     if options.qk_norm:

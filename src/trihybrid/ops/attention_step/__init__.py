@@ -126,4 +126,5 @@ def _placed(x_BHN: Tensor, gain: Gain | None, table: tuple[Tensor, Tensor] | Non
     if table is None:
         return x_BHN
     cosine_B1N, sine_B1N = (part[:, None] for part in table)
-    return torch.addcmul(x_BHN * cosine_B1N, x_BHN.roll(x_BHN.shape[-1] // 2, -1), sine_B1N)
+    turned_BHN = x_BHN * cosine_B1N + x_BHN.roll(x_BHN.shape[-1] // 2, -1) * sine_B1N
+    return turned_BHN.to(x_BHN.dtype)

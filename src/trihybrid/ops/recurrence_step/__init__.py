@@ -68,7 +68,7 @@ def recurrence_step(
 
     Args:
         x_BP: rows that begin with r [C], k [G N] and v [G N], before their norms.
-        raised_BP: rows that begin with what is added to the offsets of decay and iclr, and the gate, each [C].
+        raised_BP: rows that begin with what is added to the offsets of iclr and decay, and the gate, each [C].
         state_BHNN: dense in [H, N, N].
         o_BC: dense in C.
     """
@@ -87,7 +87,7 @@ def recurrence_step(
     if recurrence.r_gain is not None and recurrence.k_gain is not None:
         r_BHN, k_BGN = recurrence.r_gain(r_BHN), recurrence.k_gain(k_BGN)
     k_BHN, v_BHN = (x.repeat_interleave(heads // groups, 1).to(kind) for x in (k_BGN, v_BGN))
-    decay_BC, iclr_BC, gate_BC = raised_BP[:, : 3 * channels].chunk(3, -1)
+    iclr_BC, decay_BC, gate_BC = raised_BP[:, : 3 * channels].chunk(3, -1)
     u_BHN = (recurrence.w0.to(kind) + decay_BC).unflatten(-1, (heads, width))
     a_BHN = torch.sigmoid(recurrence.a0.to(kind) + iclr_BC).unflatten(-1, (heads, width))
     log_w_BHN = DECAY_FLOOR * torch.sigmoid(u_BHN)

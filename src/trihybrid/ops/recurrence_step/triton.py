@@ -62,8 +62,8 @@ def _step(
     keys = x + channels + group * width
     k_K = tl.load(keys + wide_K, mask=in_K, other=0.0).to(tl.float32)
     v_V = tl.load(keys + groups * width + wide_V, mask=in_V, other=0.0).to(tl.float32)
-    u_K += tl.load(raised + own_K, mask=in_K, other=0.0).to(tl.float32)
-    a_K = tl.sigmoid(a_K + tl.load(raised + channels + own_K, mask=in_K, other=0.0).to(tl.float32))
+    u_K += tl.load(raised + channels + own_K, mask=in_K, other=0.0).to(tl.float32)
+    a_K = tl.sigmoid(a_K + tl.load(raised + own_K, mask=in_K, other=0.0).to(tl.float32))
     gate_V = tl.load(raised + 2 * channels + head * width + wide_V, mask=in_V, other=0.0).to(tl.float32)
     if NORMED:
         r_K *= tl.rsqrt(tl.sum(r_K * r_K, 0) / width + r_epsilon)
