@@ -91,8 +91,8 @@ def measure_engine(run: Run, part: str, long: bool) -> None:
     most = max(*scale.contexts, scale.long if long else 0, scale.batch * (scale.batch_context + 128))
     room = most + ROOM
     for execution in scale.executions:
-        fused = execution == "fused-graph"
-        if fused and not run.fits(40 if part == "student" else 60, part, "decode in fused graphs"):
+        fused = execution != scale.executions[0]
+        if fused and not run.fits(40 if part == "student" else 60, part, f"decode, {execution}"):
             return
         try:
             bench = EngineBench(run, part, model, execution, scale.batch, room)

@@ -43,7 +43,7 @@ def test_tables_are_filled_with_the_page_of_nobody() -> None:
 @pytest.mark.parametrize(
     ("execution", "message"),
     [
-        ("fast", 'execution is "fast"; choose eager, compiled, graph or fused-graph'),
+        ("fast", 'execution is "fast"; choose eager, compiled, graph, fused-graph or kernels'),
         (
             "graph",
             "the model is on cpu; CUDA graphs need a CUDA device: move the model there, or choose eager",
@@ -62,7 +62,7 @@ def test_experts_are_not_recorded() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("execution", ["graph", "fused-graph"])
+@pytest.mark.parametrize("execution", ["graph", "fused-graph", "kernels"])
 def test_graphs_are_the_plain_steps(execution: str) -> None:
     """In bfloat16, over sequences that join, leave and cross pages: the same tokens."""
     model = make_student().to("cuda", torch.bfloat16)

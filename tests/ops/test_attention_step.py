@@ -1,4 +1,4 @@
-"""A step of attention is norms, rotation, the new token's place in the store and softmax, wherever the sequence stands."""
+"""A step of attention is norms, rotation, the new token's place in the store and softmax, wherever a text stands."""
 
 from dataclasses import replace
 
@@ -20,7 +20,9 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def case(sizes: tuple[int, int, int], form: str, pages: int) -> tuple[Tensor, Heads, Store, Tensor | None, Tensor]:
+def case(
+    sizes: tuple[int, int, int], form: str, pages: int
+) -> tuple[Tensor, Heads, Store, Tensor | None, Tensor]:
     """Projections of three sequences, heads, their store, a gate or None and an output inside of something wider."""
     heads, groups, width = sizes
     x_BP = draw(3, (heads + 2 * groups) * width + 9)
@@ -32,7 +34,9 @@ def case(sizes: tuple[int, int, int], form: str, pages: int) -> tuple[Tensor, He
         parts = replace(parts, q_gain=gains[0], k_gain=None if own is None else gains[1], v_epsilon=1e-6)
     if pages:
         keys, seen = draw(3 * pages + 4, 5, groups, width, seed=3), [0, 5 * pages - 1, 2 * pages + 1]
-        table = torch.randperm(len(keys), generator=torch.Generator().manual_seed(4))[: 3 * pages].view(3, pages)
+        table = torch.randperm(len(keys), generator=torch.Generator().manual_seed(4))[: 3 * pages].view(
+            3, pages
+        )
     else:
         keys, table, seen = draw(5, RING, groups, width, seed=3)[1:4], None, [0, 4 * RING + 7, RING - 1]
     store = Store(keys, draw(*keys.shape, seed=5), torch.tensor(seen), table)
@@ -73,7 +77,9 @@ def definition(
             no_weight = None if heads.v_epsilon is None else Gain(None, heads.v_epsilon)
             # A store holds half precision where its projections have it.
             keys[page, seen % length] = placed(parts[1], heads.k_gain, b).to(store.keys.dtype).double()
-            values[page, seen % length] = placed(parts[2], no_weight, b, False).to(store.values.dtype).double()
+            values[page, seen % length] = (
+                placed(parts[2], no_weight, b, False).to(store.values.dtype).double()
+            )
         if store.table_BM is None:
             k_SGN, v_SGN = keys[b, : seen + 1], values[b, : seen + 1]
         else:

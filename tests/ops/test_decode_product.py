@@ -110,8 +110,7 @@ def check_raised(call=raised, bound: float = 1e-5, **kind) -> None:
     shapes = [(3, 40), (5, 40), (2, 40), (4, 24)]
     flat = draw(sum(rank * channels for rank, channels in shapes), seed=7).to(**kind)
     weights = [
-        part.view(shape)
-        for part, shape in zip(flat.split([r * c for r, c in shapes]), shapes, strict=True)
+        part.view(shape) for part, shape in zip(flat.split([r * c for r, c in shapes]), shapes, strict=True)
     ]
     x_BP = draw(5, 30, seed=8).to(**kind)
     for count in (1, 3, 4):

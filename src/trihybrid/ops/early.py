@@ -1,8 +1,9 @@
 """Programmatic dependent launch: a kernel begins while the one before it still runs, as far as it can without it.
 
 Weights change at no step, so they may be fetched before `await_former`; what a former kernel writes may be read, and
-anything at all be written, only behind it. A kernel that ends has waited for the one before it, so behind `await_former` all
-that was launched earlier is there. CUDA programming guide, "Programmatic Dependent Launch and Synchronization".
+anything at all be written, only behind it. A kernel that ends has waited for the one before it, so behind
+`await_former` all that was launched earlier is there. CUDA programming guide, "Programmatic Dependent Launch and
+Synchronization".
 
 Every kernel takes EARLY, the result of `early`, which also goes to its launch as `launch_pdl`: the instructions do not
 assemble below compute capability 9.0.

@@ -1,4 +1,4 @@
-"""A step by the kernels is the step of the network: logits and every state, over rings that have wrapped and over pages."""
+"""A step by the kernels is the step of the network: logits and every state, over rings that have wrapped and pages."""
 
 import copy
 

@@ -10,7 +10,6 @@ Legend: B rows, D model width, P columns of the projections, C channels.
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from trihybrid.infer.kernels.joining import Owned, join_inputs, join_outputs, join_ranks

@@ -2,10 +2,10 @@
 
     embeddings, rotations, per-layer inputs -> layers -> norm, head, softcap
 
-The stream x passes a layer as (x, y, n, s): the branch y that was computed last, its norm and the layer's scalar are still to
-be added by whoever reads x next, so that neither sum nor norm is a launch of its own. Launches a retained layer: projections,
-attention, output, gate and up, down, and two of the per-layer input. A converted layer has two more, the low ranks' way
-up and the recurrence.
+The stream x passes a layer as (x, y, n, s): the branch y that was computed last, its norm and the layer's scalar are
+still to be added by whoever reads x next, so that neither sum nor norm is a launch of its own. Launches a retained
+layer: projections, attention, output, gate and up, down, and two of the per-layer input. A converted layer has two
+more, the low ranks' way up and the recurrence.
 
 Legend: B rows, D model width, L layers, P width of the per-layer input, V vocabulary, N head width.
 """
@@ -72,9 +72,7 @@ class KernelLayer:
     def __call__(self, stream: Stream, turn: Turn, input_BP: Tensor | None) -> Stream:
         """The stream behind the layer; states move on."""
         mixing = self._mixing
-        x_BD, p_BP = normed_product(
-            stream.x_BD, mixing.weight_PD, stream.before(self._first), mixing.finish
-        )
+        x_BD, p_BP = normed_product(stream.x_BD, mixing.weight_PD, stream.before(self._first), mixing.finish)
         stream = Stream(x_BD, mixing(p_BP, turn), self._mixed)
         x_BD, h_BI = normed_product(x_BD, self._opening, stream.before(self._middle), self._gated)
         stream = Stream(x_BD, product(h_BI, self._down), self._last, self._scalar)

@@ -1,12 +1,12 @@
-"""Attention in a decoding step from raw projections on, as one launch: norms, rotation, the store's new token, softmax, gate.
+"""Attention in a decoding step from raw projections on, as one launch.
 
     q, k <- rotate(norm(q, k));  v <- norm(v);  the store gets k and v of the newest token
     o_h = (sum_s softmax_s(scale q_h . k_s) v_s) gate       over all stored tokens of the sequence
 
 A store is a ring, one line of W places a sequence, where token t lies at place t mod W; or pages, where it lies in page
 table[b, t // L] at place t % L. The kernel of `triton` splits a sequence over many programs; one of them has the newest
-token from its projections, the others leave its place out, so that nobody waits for the store. Where the kernel does not fit,
-these are torch's operators around `ops.decode_attention`.
+token from its projections, the others leave its place out, so that nobody waits for the store. Where the kernel does
+not fit, these are torch's operators around `ops.decode_attention`.
 
 Legend: B sequences, H query heads, G key/value heads, N head width, P columns of the projections, L places of a page or
 line, M pages of a sequence.
@@ -110,9 +110,7 @@ def attention_step(
         lengths_B = (positions_B + 1).clamp(max=length)
         o_BHN = decode_attention(q_BHN, store.keys, store.values, lengths_B, heads.scale)
     else:
-        o_BHN = paged_attention(
-            q_BHN, store.keys, store.values, store.table_BM, positions_B + 1, heads.scale
-        )
+        o_BHN = paged_attention(q_BHN, store.keys, store.values, store.table_BM, positions_B + 1, heads.scale)
     o_BC.copy_(o_BHN.flatten(1) if gate_BC is None else o_BHN.flatten(1) * gate_BC)
 
 

@@ -1,8 +1,8 @@
 """The kernels of `attention_step`: a sequence is split over several programs, whose parts are joined.
 
-Scores are kept in base 2, as in `decode_attention.triton`. Few parts are joined by whichever of a group's programs comes
-last, as a counter tells it; many by a second kernel, since one program would take too long. How many programs there are
-depends on shapes alone, how many tokens each takes on the length, so that a CUDA graph can record it.
+Scores are kept in base 2, as in `decode_attention.triton`. Few parts are joined by whichever of a group's programs
+comes last, as a counter tells it; many by a second kernel, since one program would take too long. How many programs
+there are depends on shapes alone, how many tokens each takes on the length, so that a CUDA graph can record it.
 
 Legend: R query heads of a group, rounded up to ROWS; S tokens of a block; N head width, rounded up to WIDE; C parts.
 """
@@ -78,11 +78,10 @@ def launch(
 def _placed(
     x, wide_N, in_RN, width, weight, epsilon, cosine, sine, NORMED: tl.constexpr, TURNED: tl.constexpr
 ):
-    """Heads [R, N] that begin at x [R, 1], float32, behind their norm and rotation; pair j is channels j and j + N/2."""
+    """Heads [R, N] that begin at x [R, 1], float32, behind norm and rotation; pair j is channels j and j + N/2."""
     x_RN = tl.load(x + wide_N[None, :], mask=in_RN, other=0.0).to(tl.float32)
     in_N = wide_N < width
     other_N = (wide_N + width // 2) % width
-    root_R = 1.0
     if NORMED:
         root_R = tl.rsqrt(tl.sum(x_RN * x_RN, 1) / width + epsilon)
         x_RN *= root_R[:, None]
@@ -122,17 +121,35 @@ def _attend(
     sine += batch * width
     head_R = group * repeats + row_R
     q_RN = _placed(
-        x + q_first + head_R[:, None] * width, wide_N, in_RN, width, q_weight, q_epsilon, cosine, sine, Q_NORMED, TURNED
+        x + q_first + head_R[:, None] * width,
+        wide_N,
+        in_RN,
+        width,
+        q_weight,
+        q_epsilon,
+        cosine,
+        sine,
+        Q_NORMED,
+        TURNED,
     ).to(keys.dtype.element_ty)
     most_R = tl.full((ROWS,), float("-inf"), tl.float32)
     sum_R = tl.zeros((ROWS,), tl.float32)
     sum_RN = tl.zeros((ROWS, WIDE), tl.float32)
-    if OWN:
+    if OWN:  # noqa: SIM102
         if part == 0:
             one = tl.arange(0, 1)
             from_k, from_v = x + k_first + group * width, x + v_first + group * width
             k_1N = _placed(
-                from_k + one[:, None], wide_N, in_N[None, :], width, k_weight, k_epsilon, cosine, sine, K_NORMED, TURNED
+                from_k + one[:, None],
+                wide_N,
+                in_N[None, :],
+                width,
+                k_weight,
+                k_epsilon,
+                cosine,
+                sine,
+                K_NORMED,
+                TURNED,
             ).to(keys.dtype.element_ty)
             v_1N = _placed(
                 from_v + one[:, None], wide_N, in_N[None, :], width, x, 0.0, cosine, sine, False, False

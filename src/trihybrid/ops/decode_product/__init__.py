@@ -2,11 +2,11 @@
 
     x' = (x + n_y(y)) s          the residual stream behind the last branch: y that branch, s a layer's scalar
     z = n_x(x')                  the input of the next product
-    o = finish(z W^T)            nothing, activation(gate) up, activation(gate) p, tanh and sigmoid of some rows, a softcap
+    o = finish(z W^T)            activation(gate) up, activation(gate) p, tanh and sigmoid of some rows, a softcap
 
-Bound by the bytes of W: of each product they are read once, for all rows. The kernels of `triton` take half precision on a GPU
-and at most `MOST_ROWS` rows, and round at the end alone; everywhere else these are torch's operators. `sizes` has the
-blocks.
+Bound by the bytes of W: of each product they are read once, for all rows. The kernels of `triton` take half precision
+on a GPU and at most `MOST_ROWS` rows, and round at the end alone; everywhere else these are torch's operators. `sizes`
+has the blocks.
 
 Legend: B rows, D width of the stream, I inputs, O outputs, F outputs behind the finish, R rank of a group, C channels.
 """
@@ -68,9 +68,9 @@ class Finish:
     """What happens to a product's outputs.
 
     Attributes:
-        kind: `none`; `gated`, activation(first half) second half; `times`, activation(o) times `other_BO`; `ranks`, tanh
-            from row `borders[0]` and sigmoid from row `borders[1]` on; `logits`, float32, softcapped where there is a
-            `cap`.
+        kind: `none`; `gated`, activation(first half) second half; `times`, activation(o) times `other_BO`; `ranks`,
+            tanh from row `borders[0]` and sigmoid from row `borders[1]` on; `logits`, float32, softcapped where there
+            is a `cap`.
         activation: of `gated` and `times`, `gelu` (its tanh form) or `silu`.
     """
 
@@ -95,9 +95,7 @@ def product(x_BI: Tensor, weight_OI: Tensor) -> Tensor:
     return linear(x_BI, weight_OI)
 
 
-def normed_product(
-    x_BD: Tensor, weight_OD: Tensor, before: Before, finish: Finish
-) -> tuple[Tensor, Tensor]:
+def normed_product(x_BD: Tensor, weight_OD: Tensor, before: Before, finish: Finish) -> tuple[Tensor, Tensor]:
     """The stream x' [B, D], a new tensor, and the finished product [B, F].
 
     Args:

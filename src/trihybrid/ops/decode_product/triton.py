@@ -1,8 +1,8 @@
 """The kernels of `decode_product`.
 
-Each program works on blocks of outputs and all rows. Those of a stream's product all make the product's input anew, which is
-cheap beside their part of the weights, and the first one writes the stream; a program's first weights are on their
-way before the former kernel has ended.
+Each program works on blocks of outputs and all rows. Those of a stream's product all make the product's input anew,
+which is cheap beside their part of the weights, and the first one writes the stream; a program's first weights are on
+their way before the former kernel has ended.
 
 Legend: R rows, rounded up to ROWS; D width of the stream, rounded up to WIDE; O outputs of a block; I inputs of a step;
 C channels of a block; K ranks, rounded up to RANKS.
@@ -39,9 +39,7 @@ def launch_product(x_BI: Tensor, weight_OI: Tensor) -> Tensor:
     return o_BO
 
 
-def launch_normed(
-    x_BD: Tensor, weight_OD: Tensor, before: Before, finish: Finish
-) -> tuple[Tensor, Tensor]:
+def launch_normed(x_BD: Tensor, weight_OD: Tensor, before: Before, finish: Finish) -> tuple[Tensor, Tensor]:
     """As `decode_product.normed_product`."""
     (rows, width), outputs = x_BD.shape, weight_OD.shape[0]
     if finish.kind == "gated":
@@ -107,7 +105,9 @@ def _product(
     for start in range(0, inputs, STEP):
         w_OI = next_OI
         wide_I = start + STEP + step_I
-        next_OI = tl.load(weight_OI + start + STEP, mask=in_O[:, None] & (wide_I < inputs)[None, :], other=0.0)
+        next_OI = tl.load(
+            weight_OI + start + STEP, mask=in_O[:, None] & (wide_I < inputs)[None, :], other=0.0
+        )
         in_RI = in_R[:, None] & (start + step_I < inputs)[None, :]
         x_RI = tl.load(x + row_R[:, None] * x_b + start + step_I[None, :], mask=in_RI, other=0.0)
         sum_ROI += w_OI.to(tl.float32)[None, :, :] * x_RI.to(tl.float32)[:, None, :]
@@ -148,7 +148,7 @@ def _normed(
         x_RD += y_RD
     if SCALED:
         x_RD *= tl.load(scalar).to(tl.float32)
-    if ADDED or SCALED:
+    if ADDED or SCALED:  # noqa: SIM102
         if tl.program_id(0) == 0:
             tl.store(after + at_RD, x_RD.to(after.dtype.element_ty), mask=in_RD)
     if NORMED:

@@ -1,11 +1,11 @@
-"""All that stands between the products of an RWKV-7 mixer in a decoding step, as one launch: `mixers.rwkv7` has the formulas.
+"""All that stands between the products of an RWKV-7 mixer in a decoding step, as one launch; see `mixers.rwkv7`.
 
     r, k normed a head;  log W = -exp(-1/2) sigmoid(w0 + decay);  a = sigmoid(a0 + iclr);  kk = k / |k|
     k <- k (1 - W + a), or k (1.5 - log sigmoid(w0 + decay) + a)
     S <- diag(W) S + (kk a) (-kk^T S) + k v^T;   o = (S^T r / sqrt(N) + bonus) gate
 
-Bound by the bytes of the state, which is read and written once. The kernel of `triton` keeps float32 throughout; where it
-does not fit, these are torch's operators around `ops.wkv7.decode`.
+Bound by the bytes of the state, which is read and written once. The kernel of `triton` keeps float32 throughout; where
+it does not fit, these are torch's operators around `ops.wkv7.decode`.
 
 Legend: B sequences, H heads, G key/value heads, N head width, C = H N channels, P columns of the projections.
 """
@@ -81,8 +81,7 @@ def recurrence_step(
     channels, shared, kind = recurrence.channels, groups * width, state_BHNN.dtype
     r_BHN = x_BP[:, :channels].unflatten(-1, (heads, width))
     k_BGN, v_BGN = (
-        part.unflatten(-1, (groups, width))
-        for part in x_BP[:, channels : channels + 2 * shared].chunk(2, -1)
+        part.unflatten(-1, (groups, width)) for part in x_BP[:, channels : channels + 2 * shared].chunk(2, -1)
     )
     if recurrence.r_gain is not None and recurrence.k_gain is not None:
         r_BHN, k_BGN = recurrence.r_gain(r_BHN), recurrence.k_gain(k_BGN)
@@ -94,8 +93,12 @@ def recurrence_step(
     kk_BHN = normalize(k_BHN, dim=-1, eps=1e-12)
     lost_BHN = 1 - log_w_BHN.exp() if recurrence.by_decay else 1.5 - logsigmoid(u_BHN)
     k_BHN = k_BHN * (lost_BHN + a_BHN)
-    tokens = (r_BHN, log_w_BHN, k_BHN, v_BHN, -kk_BHN, kk_BHN * a_BHN)
-    read_BHN = wkv7_step_(*(x[:, None] for x in tokens), state_BHNN)[:, 0] * width**-0.5
+    r_BHN = r_BHN.to(kind)
+    removed_BHN = kk_BHN * a_BHN
+    read_BHN = wkv7_step_(
+        r_BHN[:, None], log_w_BHN[:, None], k_BHN[:, None], v_BHN[:, None], -kk_BHN[:, None], removed_BHN[:, None],
+        state_BHNN,
+    )[:, 0] * width**-0.5  # fmt: skip
     if recurrence.bonus is not None:
         read_BHN = read_BHN + (r_BHN * k_BHN * recurrence.bonus).sum(-1, keepdim=True) * v_BHN
     o_BC.copy_(read_BHN.flatten(1) * gate_BC)

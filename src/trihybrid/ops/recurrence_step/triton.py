@@ -1,6 +1,7 @@
-"""The kernel of `recurrence_step`: a program holds a block of value columns of one head's state, which never meet the others.
+"""The kernel of `recurrence_step`: a program holds a block of value columns of a head's state, which never meet others.
 
-The state is fetched before the former kernel has ended: nothing else in a step touches it, and a step does not begin early.
+The state is fetched before the former kernel has ended: nothing else in a step touches it, and a step does not begin
+early.
 
 Legend: K keys, V values of a block; WIDE is the head width rounded up to a power of two.
 """
