@@ -113,7 +113,7 @@ def check(room, sizes, form, pages, bound=1e-5, device="cpu", dtype=torch.float3
         None if gate_BC is None else gate_BC.cpu(),
     )
     wider = torch.full((3, o_BC.shape[1] + 4), 9.0, device=device, dtype=dtype)
-    arrived = torch.zeros(8, dtype=torch.int32, device=device)
+    arrived = torch.zeros(24, dtype=torch.int32, device=device)
     room.attention_step(x_BP, heads, store, table, gate_BC, wider[:, :-4], arrived)
     assert relative_error(wider[:, :-4].double().cpu(), wanted) < bound
     assert relative_error(keys.double().cpu(), wanted_keys) < bound / 10

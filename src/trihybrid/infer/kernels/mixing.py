@@ -55,10 +55,12 @@ class Mixing(Protocol):
     Attributes:
         weight_PD: W_in.
         finish: of its product.
+        attention_heads: H of the attention, 0 without one.
     """
 
     weight_PD: Tensor
     finish: Finish
+    attention_heads: int
 
     def __call__(self, p_BP: Tensor, turn: Turn) -> Tensor:
         """y [B, D]; states move on."""
@@ -81,9 +83,9 @@ class RetainedMixing:
         # Where values have no projection, they are the raw keys.
         values = self.weight_PD.shape[0] - groups * mix.width
         first = (0, channels, values) if mix.store.own else (0, None, None)
-        self._channels = channels
+        self._channels, self.attention_heads = channels, channels // mix.width
         self._heads = Heads(
-            channels // mix.width, groups, mix.width, mix.scale, first, gain_of(mix.q_norm), gain_of(mix.k_norm),
+            self.attention_heads, groups, mix.width, mix.scale, first, gain_of(mix.q_norm), gain_of(mix.k_norm),
             None if mix.v_norm is None else mix.v_norm.epsilon,
         )  # fmt: skip
         self._weight_DC: Tensor = module.o_proj.weight
@@ -104,7 +106,7 @@ class ConvertedMixing:
         self._matrix, self._store = mix.matrix, mix.store
         projections, downs, ups, outputs = [], [], [], []
         self._recurrence = self._heads = None
-        self._channels = tica_channels = 0
+        self._channels = self.attention_heads = tica_channels = 0
         if rwkv7 is not None:
             self._recurrence = _recurrence(rwkv7)
             self._channels = self._recurrence.channels
@@ -115,7 +117,8 @@ class ConvertedMixing:
         if tica is not None:
             assert mix.store is not None
             self._heads = _heads(tica, sum(one.weight.shape[0] for one in projections), mix.store.own)
-            tica_channels = self._heads.heads * self._heads.width
+            self.attention_heads = self._heads.heads
+            tica_channels = self.attention_heads * self._heads.width
             own = (tica.q_proj, tica.k_proj, tica.v_proj) if mix.store.own else (tica.q_proj,)
             projections += [Owned(part, "weight") for part in own]
             downs.append(Owned(tica, "g1", low_rank=True))

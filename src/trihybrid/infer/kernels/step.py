@@ -22,7 +22,7 @@ from trihybrid.infer.kernels.refuse import ACTIVATIONS
 from trihybrid.infer.network import Network
 from trihybrid.infer.network.layer import Layer
 from trihybrid.infer.network.parts import Rotary
-from trihybrid.ops.decode_product import Before, Finish, Gain, normed_product, product
+from trihybrid.ops.decode_product import MOST_ROWS, Before, Finish, Gain, normed_product, product
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class KernelLayer:
     """One layer, as `infer.network.layer` has it.
 
     Args:
-        layer: it; its weights are joined.
+        layer: it; its weights are joined where one product reads them.
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -68,6 +68,11 @@ class KernelLayer:
             self._gate: Tensor = module.per_layer_input_gate.weight
             self._back: Tensor = module.per_layer_projection.weight
             self._end = gains["post_per_layer_input_norm"]
+
+    @property
+    def heads(self) -> int:
+        """Of its attention."""
+        return self._mixing.attention_heads
 
     def __call__(self, stream: Stream, turn: Turn, input_BP: Tensor | None) -> Stream:
         """The stream behind the layer; states move on."""
@@ -98,10 +103,8 @@ class KernelStep:
             for layer in network.layers
             if getattr(layer.mix, "rotary", None) is not None
         }
-        groups = [shape.heads for shape in network.states.shapes]
-        self._arrived = torch.zeros(
-            network.states.rows * max(groups), dtype=torch.int32, device=network.device
-        )
+        heads = max(layer.heads for layer in self._layers)
+        self._arrived = torch.zeros(MOST_ROWS * heads, dtype=torch.int32, device=network.device)
         self._final, self._head = gain_of(network.norm), network.model.lm_head.weight
         self._logits = Finish("logits", cap=network.body.softcap)
         self._begin, self._combine = self._begun, self._combined

@@ -87,7 +87,7 @@ def attention_step(
         table: cosines, and sines with those of a head's first half negated, dense [B, N]; None for no rotation.
         gate_BC: factor of the output, dense in C; None for one.
         o_BC: dense in C.
-        arrived: int32 zeros, at least B G; zeros again behind the step.
+        arrived: int32 zeros, at least B H; zeros again behind the step.
     """
     if fits(x_BP, heads):
         from trihybrid.ops.attention_step.triton import launch

@@ -1,10 +1,15 @@
 """The kernels of `attention_step`: a sequence is split over several programs, whose parts are joined.
 
-Scores are kept in base 2, as in `decode_attention.triton`. Few parts are joined by whichever of a group's programs
-comes last, as a counter tells it; many by a second kernel, since one program would take too long. How many programs
-there are depends on shapes alone, how many tokens each takes on the length, so that a CUDA graph can record it.
+Scores are kept in base 2, as in `decode_attention.triton`. How many programs there are depends on shapes alone, how
+many tokens each takes on the length, so that a CUDA graph can record it. Where they are few, the heads of a group are
+split over them too, and whichever program of a lane comes last joins the parts, as a counter tells it. Many parts are
+joined by a second kernel, since one program would take too long.
 
-Legend: R query heads of a group, rounded up to ROWS; S tokens of a block; N head width, rounded up to WIDE; C parts.
+A program's first keys and values are fetched before the former kernel has ended: of all that it reads from the store, a
+step writes the newest token's alone, and that one is read on its own.
+
+Legend: R query heads of a lane (a group, or a share of it), rounded up to ROWS; S tokens of a block; N head width,
+rounded up to WIDE; C parts.
 """
 
 import math
@@ -21,8 +26,9 @@ ROWS = 16  # the fewest that a matrix product takes
 LEAST_RING, LEAST_PAGES = 32, 128  # tokens of a part
 PROGRAMS = 3  # for every processor
 FEW_PARTS = 16  # that the last program joins
-JOINED = 4  # parts at a time
-JOIN = (64, 64)  # parts at a time and channels of a program that joins
+SPLITS = 4  # of a group's heads, where parts are few
+JOINED = 8192  # numbers that it holds at a time
+JOIN = (64, 64)  # parts at a time and channels of a program of the second kernel
 
 
 def launch(
@@ -37,7 +43,6 @@ def launch(
     """As `attention_step`."""
     keys, values, table_BM = store.keys, store.values, store.table_BM
     batch, length, groups, width = len(x_BP), keys.shape[1], heads.groups, heads.width
-    repeats = heads.heads // groups
     processors = torch.cuda.get_device_properties(x_BP.device).multi_processor_count
     most = (
         triton.cdiv(length, LEAST_RING)
@@ -45,16 +50,22 @@ def launch(
         else triton.cdiv(table_BM.shape[1] * length, LEAST_PAGES)
     )
     parts = max(1, min(most, PROGRAMS * processors // (batch * groups)))
-    sums = torch.empty(batch * groups * parts * repeats * width, dtype=torch.float32, device=x_BP.device)
-    norms = torch.empty(batch * groups * parts * repeats * 2, dtype=torch.float32, device=x_BP.device)
+    repeats = heads.heads // groups
+    splits = math.gcd(repeats, SPLITS) if parts <= FEW_PARTS else 1
+    repeats //= splits
+    lanes = batch * groups * splits
+    sums = torch.empty(lanes * parts * repeats * width, dtype=torch.float32, device=x_BP.device)
+    norms = torch.empty(lanes * parts * repeats * 2, dtype=torch.float32, device=x_BP.device)
     wide, soon = max(16, triton.next_power_of_2(width)), early(x_BP.device)
+    own = triton.next_power_of_2(repeats)
+    joined = max(1, min(triton.next_power_of_2(parts), JOINED // (own * wide)))
     q_first, k_first, v_first = heads.first
     # What is not there is never read; something has to stand in its place.
     cosine, sine = (x_BP, x_BP) if table is None else table
     pages = store.positions_B if table_BM is None else table_BM
     gate = x_BP if gate_BC is None else gate_BC
     q_gain, k_gain = heads.q_gain, heads.k_gain
-    _attend[(parts, batch * groups)](
+    _attend[(parts, lanes)](
         x_BP, *(x_BP if gain is None else gain.weight for gain in (q_gain, k_gain)), cosine, sine, keys, values, pages,
         store.positions_B, gate, o_BC, sums, norms, arrived,
         x_BP.stride(0), q_first, k_first or 0, v_first or 0, *keys.stride()[:3], *values.stride()[:3],
@@ -63,9 +74,9 @@ def launch(
         heads.scale * math.log2(math.e), parts, repeats, groups, width,
         LENGTH=length, RING=table_BM is None, OWN=k_first is not None, Q_NORMED=q_gain is not None,
         K_NORMED=k_gain is not None, V_NORMED=heads.v_epsilon is not None, TURNED=table is not None,
-        GATED=gate_BC is not None, ROWS=ROWS, WIDE=wide, BLOCK=64 if wide <= 128 else 32,
-        JOINS=parts <= FEW_PARTS, JOINED=JOINED, REPEATS=triton.next_power_of_2(repeats), EARLY=soon,
-        num_warps=4 if wide <= 256 else 8, num_stages=2, launch_pdl=soon,
+        GATED=gate_BC is not None, SPLITS=splits, ROWS=ROWS, WIDE=wide, BLOCK=64 if wide <= 128 else 32,
+        JOINS=parts <= FEW_PARTS, JOINED=joined, REPEATS=own, EARLY=soon,
+        num_warps=4 if wide <= 256 else 8, num_stages=1, launch_pdl=soon,
     )  # fmt: skip
     if parts > FEW_PARTS:
         _join[(batch * heads.heads, triton.cdiv(width, JOIN[1]))](
@@ -97,31 +108,56 @@ def _placed(
 
 
 @triton.jit
+def _stored(
+    store, table, batch, group, token_S, in_S, wide_N, in_N, store_p, store_l, store_g, LENGTH: tl.constexpr,
+    RING: tl.constexpr,
+):  # fmt: skip
+    """Keys or values [S, N] of some tokens."""
+    page_S = token_S.to(tl.int64) * 0 + batch
+    if not RING:
+        page_S = tl.load(table + token_S // LENGTH, mask=in_S, other=0).to(tl.int64)
+    at_S = page_S * store_p + (token_S % LENGTH) * store_l + group * store_g
+    return tl.load(store + at_S[:, None] + wide_N[None, :], mask=in_S[:, None] & in_N[None, :], other=0.0)
+
+
+@triton.jit
 def _attend(
     x, q_weight, k_weight, cosine, sine, keys, values, table, positions, gate, o, sums, norms, arrived, x_b, q_first,
     k_first, v_first, keys_p, keys_l, keys_g, values_p, values_l, values_g, table_b, gate_b, o_b, q_epsilon, k_epsilon,
     v_epsilon, scale, parts, repeats, groups, width, LENGTH: tl.constexpr, RING: tl.constexpr, OWN: tl.constexpr,
     Q_NORMED: tl.constexpr, K_NORMED: tl.constexpr, V_NORMED: tl.constexpr, TURNED: tl.constexpr, GATED: tl.constexpr,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, JOINS: tl.constexpr, JOINED: tl.constexpr,
-    REPEATS: tl.constexpr, EARLY: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, JOINS: tl.constexpr,
+    JOINED: tl.constexpr, REPEATS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     part, lane = tl.program_id(0), tl.program_id(1)
-    batch, group = (lane // groups).to(tl.int64), lane % groups
+    batch, group = (lane // SPLITS // groups).to(tl.int64), lane // SPLITS % groups
+    first_head = (lane - batch.to(tl.int32) * groups * SPLITS) * repeats
     row_R, wide_N, block_S = tl.arange(0, ROWS), tl.arange(0, WIDE), tl.arange(0, BLOCK)
     in_R, in_N = row_R < repeats, wide_N < width
     in_RN = in_R[:, None] & in_N[None, :]
-    admit_next(EARLY)
-    await_former(EARLY)
     position = tl.load(positions + batch).to(tl.int32)
     length, newest = position + 1, position
     if RING:
         length, newest = tl.minimum(length, LENGTH), position % LENGTH
+    table += batch * table_b
+    # Blocks of a part, so that the parts are even and end at borders of blocks.
+    share = tl.cdiv(tl.cdiv(length, BLOCK), parts) * BLOCK
+    first, last = part * share, tl.minimum((part + 1) * share, length)
+    token_S = first + block_S
+    in_S = (token_S < last) & (token_S != newest)
+    next_k_SN = _stored(
+        keys, table, batch, group, token_S, in_S, wide_N, in_N, keys_p, keys_l, keys_g, LENGTH, RING
+    )
+    next_v_SN = _stored(
+        values, table, batch, group, token_S, in_S, wide_N, in_N, values_p, values_l, values_g, LENGTH, RING
+    )
+    admit_next(EARLY)
+    await_former(EARLY)
     x += batch * x_b
     cosine += batch * width
     sine += batch * width
-    head_R = group * repeats + row_R
     q_RN = _placed(
-        x + q_first + head_R[:, None] * width,
+        x + q_first + (first_head + row_R)[:, None] * width,
         wide_N,
         in_RN,
         width,
@@ -135,64 +171,61 @@ def _attend(
     most_R = tl.full((ROWS,), float("-inf"), tl.float32)
     sum_R = tl.zeros((ROWS,), tl.float32)
     sum_RN = tl.zeros((ROWS, WIDE), tl.float32)
-    if OWN:  # noqa: SIM102
-        if part == 0:
-            one = tl.arange(0, 1)
-            from_k, from_v = x + k_first + group * width, x + v_first + group * width
+    if part == 0:
+        page = batch
+        if not RING:
+            page = tl.load(table + newest // LENGTH).to(tl.int64)
+        place = newest % LENGTH
+        at_k_1N = keys + page * keys_p + place * keys_l + group * keys_g + wide_N[None, :]
+        at_v_1N = values + page * values_p + place * values_l + group * values_g + wide_N[None, :]
+        in_1N = in_N[None, :]
+        if OWN:
+            one_1 = tl.arange(0, 1)[:, None] + group * width
             k_1N = _placed(
-                from_k + one[:, None],
-                wide_N,
-                in_N[None, :],
-                width,
-                k_weight,
-                k_epsilon,
-                cosine,
-                sine,
-                K_NORMED,
-                TURNED,
+                x + k_first + one_1, wide_N, in_1N, width, k_weight, k_epsilon, cosine, sine, K_NORMED, TURNED
             ).to(keys.dtype.element_ty)
-            v_1N = _placed(
-                from_v + one[:, None], wide_N, in_N[None, :], width, x, 0.0, cosine, sine, False, False
-            )
+            v_1N = _placed(x + v_first + one_1, wide_N, in_1N, width, x, 0.0, cosine, sine, False, False)
             if V_NORMED:
                 v_1N *= tl.rsqrt(tl.sum(v_1N * v_1N, 1) / width + v_epsilon)[:, None]
             v_1N = v_1N.to(values.dtype.element_ty)
-            page = batch
-            if not RING:
-                page = tl.load(table + batch * table_b + newest // LENGTH).to(tl.int64)
-            place = newest % LENGTH
-            at_k = keys + page * keys_p + place * keys_l + group * keys_g
-            tl.store(at_k + wide_N[None, :], k_1N, mask=in_N[None, :])
-            at_v = values + page * values_p + place * values_l + group * values_g
-            tl.store(at_v + wide_N[None, :], v_1N, mask=in_N[None, :])
-            most_R = tl.sum(q_RN.to(tl.float32) * k_1N.to(tl.float32), 1) * scale
-            sum_R += 1
-            sum_RN += v_1N.to(tl.float32)
-    # Blocks of a part, so that the parts are even and end at borders of blocks.
-    share = tl.cdiv(tl.cdiv(length, BLOCK), parts) * BLOCK
-    first, last = part * share, tl.minimum((part + 1) * share, length)
+            if lane % SPLITS == 0:
+                tl.store(at_k_1N, k_1N, mask=in_1N)
+                tl.store(at_v_1N, v_1N, mask=in_1N)
+        else:
+            k_1N = tl.load(at_k_1N, mask=in_1N, other=0.0)
+            v_1N = tl.load(at_v_1N, mask=in_1N, other=0.0)
+        most_R = tl.sum(q_RN.to(tl.float32) * k_1N.to(tl.float32), 1) * scale
+        sum_R += 1
+        sum_RN += v_1N.to(tl.float32)
     for start in range(first, last, BLOCK):
-        token_S = start + block_S
-        in_S = token_S < last
-        if OWN:
-            # Its place in the store may be written or not by now.
-            in_S = in_S & (token_S != newest)
-        page_S = tl.full((BLOCK,), 0, tl.int64) + batch
-        if not RING:
-            page_S = tl.load(table + batch * table_b + token_S // LENGTH, mask=in_S, other=0).to(tl.int64)
-        place_S = token_S % LENGTH
-        in_SN = in_S[:, None] & in_N[None, :]
-        at_S = page_S * keys_p + place_S * keys_l + group * keys_g
-        k_SN = tl.load(keys + at_S[:, None] + wide_N[None, :], mask=in_SN, other=0.0)
+        k_SN, v_SN, in_now_S = next_k_SN, next_v_SN, in_S
+        token_S = start + BLOCK + block_S
+        in_S = (token_S < last) & (token_S != newest)
+        next_k_SN = _stored(
+            keys, table, batch, group, token_S, in_S, wide_N, in_N, keys_p, keys_l, keys_g, LENGTH, RING
+        )
+        next_v_SN = _stored(
+            values,
+            table,
+            batch,
+            group,
+            token_S,
+            in_S,
+            wide_N,
+            in_N,
+            values_p,
+            values_l,
+            values_g,
+            LENGTH,
+            RING,
+        )
         s_RS = tl.dot(q_RN, tl.trans(k_SN), input_precision="ieee") * scale
-        s_RS = tl.where(in_S[None, :], s_RS, float("-inf"))
+        s_RS = tl.where(in_now_S[None, :], s_RS, float("-inf"))
         new_R = tl.maximum(most_R, tl.max(s_RS, 1))
         # A block may hold nothing but the newest token's place.
         base_R = tl.where(new_R == float("-inf"), 0.0, new_R)
         old_R = tl.exp2(most_R - base_R)
         p_RS = tl.exp2(s_RS - base_R[:, None])
-        at_S = page_S * values_p + place_S * values_l + group * values_g
-        v_SN = tl.load(values + at_S[:, None] + wide_N[None, :], mask=in_SN, other=0.0)
         sum_R = sum_R * old_R + tl.sum(p_RS, 1)
         sum_RN = sum_RN * old_R[:, None] + tl.dot(p_RS.to(v_SN.dtype), v_SN, input_precision="ieee")
         most_R = new_R
@@ -230,7 +263,7 @@ def _attend(
                 total_RN = total_RN * old_R[:, None] + tl.sum(weight_CR[:, :, None] * sum_CRN, 0)
                 highest_R = higher_R
             o_RN = total_RN / tl.where(in_own_R, total_R, 1.0)[:, None]
-            at_RN = (group * repeats + own_R)[:, None] * width + wide_N[None, :]
+            at_RN = (first_head + own_R)[:, None] * width + wide_N[None, :]
             in_own_RN = in_own_R[:, None] & in_N[None, :]
             if GATED:
                 o_RN *= tl.load(gate + batch * gate_b + at_RN, mask=in_own_RN, other=0.0).to(tl.float32)
