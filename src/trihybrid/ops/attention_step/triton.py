@@ -24,7 +24,7 @@ from trihybrid.ops.early import admit_next, await_former, early
 
 ROWS = 16  # the fewest that a matrix product takes
 LEAST_RING, LEAST_PAGES = 32, 128  # tokens of a part
-PROGRAMS = 3  # for every processor
+PROGRAMS = 2  # for every processor, which holds no more of them
 FEW_PARTS = 16  # that the last program joins
 SPLITS = 4  # of a group's heads, where parts are few
 JOINED = 8192  # numbers that it holds at a time
@@ -57,7 +57,7 @@ def launch(
     sums = torch.empty(lanes * parts * repeats * width, dtype=torch.float32, device=x_BP.device)
     norms = torch.empty(lanes * parts * repeats * 2, dtype=torch.float32, device=x_BP.device)
     wide, soon = max(16, triton.next_power_of_2(width)), early(x_BP.device)
-    own = triton.next_power_of_2(repeats)
+    own, (block, warps) = triton.next_power_of_2(repeats), sizes(wide)
     joined = max(1, min(triton.next_power_of_2(parts), JOINED // (own * wide)))
     q_first, k_first, v_first = heads.first
     # What is not there is never read; something has to stand in its place.
@@ -74,15 +74,22 @@ def launch(
         heads.scale * math.log2(math.e), parts, repeats, groups, width,
         LENGTH=length, RING=table_BM is None, OWN=k_first is not None, Q_NORMED=q_gain is not None,
         K_NORMED=k_gain is not None, V_NORMED=heads.v_epsilon is not None, TURNED=table is not None,
-        GATED=gate_BC is not None, SPLITS=splits, ROWS=ROWS, WIDE=wide, BLOCK=64 if wide <= 128 else 32,
+        GATED=gate_BC is not None, SPLITS=splits, ROWS=ROWS, WIDE=wide, BLOCK=block,
         JOINS=parts <= FEW_PARTS, JOINED=joined, REPEATS=own, EARLY=soon,
-        num_warps=4 if wide <= 256 else 8, num_stages=1, launch_pdl=soon,
+        num_warps=warps, num_stages=1, launch_pdl=soon,
     )  # fmt: skip
     if parts > FEW_PARTS:
         _join[(batch * heads.heads, triton.cdiv(width, JOIN[1]))](
             sums, norms, gate, o_BC, gate.stride(0), o_BC.stride(0), parts, repeats, heads.heads, width,
             GATED=gate_BC is not None, PARTS=JOIN[0], BLOCK=JOIN[1], EARLY=soon, num_warps=4, launch_pdl=soon,
         )  # fmt: skip
+
+
+def sizes(wide: int) -> tuple[int, int]:
+    """Tokens of a block and warps of a program, by the head width."""
+    if wide <= 128:
+        return 64, 4
+    return (32, 8) if wide <= 256 else (16, 8)
 
 
 @triton.jit

@@ -4,6 +4,9 @@ Each program works on blocks of outputs and all rows. Those of a stream's produc
 which is cheap beside their part of the weights, and the first one writes the stream; a program's first weights are on
 their way before the former kernel has ended.
 
+All tiles have two axes, the second one that of the inputs, so that weights are summed in the registers into which they
+were loaded.
+
 Legend: R rows, rounded up to ROWS; D width of the stream, rounded up to WIDE; O outputs of a block; I inputs of a step;
 C channels of a block; K ranks, rounded up to RANKS.
 """
@@ -29,11 +32,12 @@ def launch_product(x_BI: Tensor, weight_OI: Tensor) -> Tensor:
     rows, inputs = x_BI.shape
     outputs = weight_OI.shape[0]
     o_BO = torch.empty((rows, outputs), dtype=x_BI.dtype, device=x_BI.device)
-    sizes, soon = product_sizes(rows, inputs), early(x_BI.device)
+    padded, soon = triton.next_power_of_2(rows), early(x_BI.device)
+    sizes = product_sizes(padded, inputs)
     step = min(sizes.step, triton.next_power_of_2(inputs))
     _product[(triton.cdiv(outputs, sizes.block),)](
         x_BI, weight_OI, o_BO, rows, inputs, outputs, x_BI.stride(0), weight_OI.stride(0),
-        ROWS=triton.next_power_of_2(rows), BLOCK=sizes.block, STEP=step, EARLY=soon,
+        ROWS=padded, BLOCK=sizes.block, STEP=step, EARLY=soon,
         num_warps=sizes.warps, launch_pdl=soon,
     )  # fmt: skip
     return o_BO
@@ -52,11 +56,10 @@ def launch_normed(x_BD: Tensor, weight_OD: Tensor, before: Before, finish: Finis
     after_BD = torch.empty_like(x_BD) if y_BD is not None or scalar is not None else x_BD
     kind = torch.float32 if finish.kind == "logits" else x_BD.dtype
     o_BO = torch.empty((rows, outputs), dtype=kind, device=x_BD.device)
-    sizes, soon = normed_sizes(rows, outputs, finish.kind), early(x_BD.device)
-    programs = triton.cdiv(outputs, sizes.block)
-    if sizes.programs:
-        processors = torch.cuda.get_device_properties(x_BD.device).multi_processor_count
-        programs = min(programs, sizes.programs * processors)
+    padded, soon = triton.next_power_of_2(rows), early(x_BD.device)
+    sizes = normed_sizes(padded, outputs, finish.kind)
+    processors = torch.cuda.get_device_properties(x_BD.device).multi_processor_count
+    programs = min(triton.cdiv(outputs, sizes.block), sizes.programs * processors)
     _normed[(programs,)](
         x_BD, *(x_BD if part is None else part for part in (y_BD, y_weight, scalar, x_weight)), weight_OD,
         half_OD, x_BD if other_BO is None else other_BO, after_BD, o_BO, rows, width, outputs,
@@ -65,7 +68,7 @@ def launch_normed(x_BD: Tensor, weight_OD: Tensor, before: Before, finish: Finis
         ADDED=y_BD is not None, Y_NORMED=before.y_gain is not None, Y_WEIGHT=y_weight is not None,
         SCALED=scalar is not None, NORMED=before.gain is not None, WEIGHT=x_weight is not None,
         KIND=KINDS[finish.kind], SILU=finish.activation == "silu", CAPPED=finish.cap is not None,
-        ROWS=triton.next_power_of_2(rows), WIDE=triton.next_power_of_2(width), BLOCK=sizes.block, EARLY=soon,
+        ROWS=padded, WIDE=triton.next_power_of_2(width), BLOCK=sizes.block, EARLY=soon,
         num_warps=sizes.warps, launch_pdl=soon,
     )  # fmt: skip
     return after_BD, o_BO
@@ -94,26 +97,33 @@ def _product(
     x, weight, o, rows, inputs, outputs, x_b, weight_o,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    row_R, step_I = tl.arange(0, ROWS), tl.arange(0, STEP)
+    step_1I, row_R = tl.arange(0, STEP)[None, :], tl.arange(0, ROWS)
     wide_O = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    in_R, in_O = row_R < rows, wide_O < outputs
-    weight_OI = weight + wide_O.to(tl.int64)[:, None] * weight_o + step_I[None, :]
-    next_OI = tl.load(weight_OI, mask=in_O[:, None] & (step_I < inputs)[None, :], other=0.0)
+    in_O1 = (wide_O < outputs)[:, None]
+    weight_OI = weight + wide_O.to(tl.int64)[:, None] * weight_o + step_1I
+    next_OI = tl.load(weight_OI, mask=in_O1 & (step_1I < inputs), other=0.0)
     admit_next(EARLY)
     await_former(EARLY)
-    sum_ROI = tl.zeros((ROWS, BLOCK, STEP), tl.float32)
+    # A row alone is summed over the steps first and over the inputs of a step at the end.
+    sum_OI = tl.zeros((BLOCK, STEP), tl.float32)
+    o_RO = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, inputs, STEP):
-        w_OI = next_OI
-        wide_I = start + STEP + step_I
-        next_OI = tl.load(
-            weight_OI + start + STEP, mask=in_O[:, None] & (wide_I < inputs)[None, :], other=0.0
-        )
-        in_RI = in_R[:, None] & (start + step_I < inputs)[None, :]
-        x_RI = tl.load(x + row_R[:, None] * x_b + start + step_I[None, :], mask=in_RI, other=0.0)
-        sum_ROI += w_OI.to(tl.float32)[None, :, :] * x_RI.to(tl.float32)[:, None, :]
-    o_RO = tl.sum(sum_ROI, 2)
+        w_OI = next_OI.to(tl.float32)
+        next_1I = start + STEP + step_1I
+        next_OI = tl.load(weight_OI + start + STEP, mask=in_O1 & (next_1I < inputs), other=0.0)
+        at_1I = start + step_1I
+        for row in tl.static_range(ROWS):
+            x_1I = tl.load(x + row * x_b + at_1I, mask=(at_1I < inputs) & (row < rows), other=0.0)
+            if ROWS == 1:
+                sum_OI += w_OI * x_1I.to(tl.float32)
+            else:
+                o_O = tl.sum(w_OI * x_1I.to(tl.float32), 1)
+                o_RO += tl.where((row_R == row)[:, None], o_O[None, :], 0.0)
+    if ROWS == 1:
+        o_RO += tl.sum(sum_OI, 1)[None, :]
     at_RO = row_R[:, None] * outputs + wide_O[None, :]
-    tl.store(o + at_RO, o_RO.to(o.dtype.element_ty), mask=in_R[:, None] & in_O[None, :])
+    in_RO = (row_R < rows)[:, None] & (wide_O < outputs)[None, :]
+    tl.store(o + at_RO, o_RO.to(o.dtype.element_ty), mask=in_RO)
 
 
 @triton.jit
@@ -124,18 +134,18 @@ def _normed(
     WEIGHT: tl.constexpr, KIND: tl.constexpr, SILU: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    row_R, wide_D, block_O = tl.arange(0, ROWS), tl.arange(0, WIDE), tl.arange(0, BLOCK)
-    in_R, in_D = row_R < rows, wide_D < width
-    at_RD = row_R[:, None] * width + wide_D[None, :]
-    in_RD = in_R[:, None] & in_D[None, :]
+    row_R, wide_1D, block_O = tl.arange(0, ROWS), tl.arange(0, WIDE)[None, :], tl.arange(0, BLOCK)
+    in_1D = wide_1D < width
+    at_RD = row_R[:, None] * width + wide_1D
+    in_RD = (row_R < rows)[:, None] & in_1D
     first = tl.program_id(0) * BLOCK
-    next_OD = _tile(weight, first, outputs, width, block_O, wide_D, in_D)
+    next_OD = _tile(weight, first, outputs, width, block_O, wide_1D, in_1D)
     if KIND == GATED:
-        next_up_OD = _tile(half, first, outputs, width, block_O, wide_D, in_D)
+        next_up_OD = _tile(half, first, outputs, width, block_O, wide_1D, in_1D)
     if Y_WEIGHT:
-        y_weight_D = tl.load(y_weight + wide_D, mask=in_D, other=0.0).to(tl.float32)
+        y_weight_1D = tl.load(y_weight + wide_1D, mask=in_1D, other=0.0).to(tl.float32)
     if WEIGHT:
-        x_weight_D = tl.load(x_weight + wide_D, mask=in_D, other=0.0).to(tl.float32)
+        x_weight_1D = tl.load(x_weight + wide_1D, mask=in_1D, other=0.0).to(tl.float32)
     admit_next(EARLY)
     await_former(EARLY)
     x_RD = tl.load(x + at_RD, mask=in_RD, other=0.0).to(tl.float32)
@@ -144,7 +154,7 @@ def _normed(
         if Y_NORMED:
             y_RD *= tl.rsqrt(tl.sum(y_RD * y_RD, 1) / width + y_epsilon)[:, None]
         if Y_WEIGHT:
-            y_RD *= y_weight_D[None, :]
+            y_RD *= y_weight_1D
         x_RD += y_RD
     if SCALED:
         x_RD *= tl.load(scalar).to(tl.float32)
@@ -154,39 +164,40 @@ def _normed(
     if NORMED:
         x_RD *= tl.rsqrt(tl.sum(x_RD * x_RD, 1) / width + x_epsilon)[:, None]
     if WEIGHT:
-        x_RD *= x_weight_D[None, :]
+        x_RD *= x_weight_1D
     stride = tl.num_programs(0) * BLOCK
     for start in range(first, outputs, stride):
         wide_O = start + block_O
-        w_OD = next_OD
-        next_OD = _tile(weight, start + stride, outputs, width, block_O, wide_D, in_D)
+        w_OD = next_OD.to(tl.float32)
+        next_OD = _tile(weight, start + stride, outputs, width, block_O, wide_1D, in_1D)
         if KIND == GATED:
-            up_OD = next_up_OD
-            next_up_OD = _tile(half, start + stride, outputs, width, block_O, wide_D, in_D)
-        o_RO = tl.sum(w_OD.to(tl.float32)[None, :, :] * x_RD[:, None, :], 2)
-        in_RO = in_R[:, None] & (wide_O < outputs)[None, :]
-        if KIND == GATED:
-            up_RO = tl.sum(up_OD.to(tl.float32)[None, :, :] * x_RD[:, None, :], 2)
-            o_RO = _activated(o_RO, SILU) * up_RO
-        if KIND == TIMES:
-            other_RO = tl.load(other + row_R[:, None] * other_b + wide_O[None, :], mask=in_RO, other=0.0)
-            o_RO = _activated(o_RO, SILU) * other_RO.to(tl.float32)
-        if KIND == RANKED:
-            o_RO = tl.where((wide_O >= sigmoid_from)[None, :], tl.sigmoid(o_RO), o_RO)
-            is_tanh_O = (wide_O >= tanh_from) & (wide_O < sigmoid_from)
-            o_RO = tl.where(is_tanh_O[None, :], _tanh(o_RO), o_RO)
-        if CAPPED:
-            o_RO = cap * _tanh(o_RO / cap)
-        at_RO = row_R.to(tl.int64)[:, None] * outputs + wide_O[None, :]
-        tl.store(o + at_RO, o_RO.to(o.dtype.element_ty), mask=in_RO)
+            up_OD = next_up_OD.to(tl.float32)
+            next_up_OD = _tile(half, start + stride, outputs, width, block_O, wide_1D, in_1D)
+        for row in tl.static_range(ROWS):
+            x_1D = x_RD
+            if ROWS > 1:
+                x_1D = tl.sum(tl.where((row_R == row)[:, None], x_RD, 0.0), 0)[None, :]
+            o_O = tl.sum(w_OD * x_1D, 1)
+            in_O = (wide_O < outputs) & (row < rows)
+            if KIND == GATED:
+                o_O = _activated(o_O, SILU) * tl.sum(up_OD * x_1D, 1)
+            if KIND == TIMES:
+                other_O = tl.load(other + row * other_b + wide_O, mask=in_O, other=0.0)
+                o_O = _activated(o_O, SILU) * other_O.to(tl.float32)
+            if KIND == RANKED:
+                is_tanh_O = (wide_O >= tanh_from) & (wide_O < sigmoid_from)
+                o_O = tl.where(is_tanh_O, _tanh(o_O), tl.where(wide_O < tanh_from, o_O, tl.sigmoid(o_O)))
+            if CAPPED:
+                o_O = cap * _tanh(o_O / cap)
+            tl.store(o + row * outputs + wide_O, o_O.to(o.dtype.element_ty), mask=in_O)
 
 
 @triton.jit
-def _tile(weight, start, outputs, width, block_O, wide_D, in_D):
+def _tile(weight, start, outputs, width, block_O, wide_1D, in_1D):
     """Rows of a weight matrix, zeros behind its end."""
     wide_O = start + block_O
-    at_OD = wide_O.to(tl.int64)[:, None] * width + wide_D[None, :]
-    return tl.load(weight + at_OD, mask=(wide_O < outputs)[:, None] & in_D[None, :], other=0.0)
+    at_OD = wide_O.to(tl.int64)[:, None] * width + wide_1D
+    return tl.load(weight + at_OD, mask=(wide_O < outputs)[:, None] & in_1D, other=0.0)
 
 
 @triton.jit
@@ -226,16 +237,14 @@ def _raised(
                 block -= blocks
                 weight += ranks_2 * channels_2
                 first, start, ranks, own = first + ranks_2, start + channels_2, ranks_3, channels_3
-    row_R, rank_K = tl.arange(0, ROWS), tl.arange(0, RANKS)
-    wide_C = block * BLOCK + tl.arange(0, BLOCK)
-    in_R, in_K, in_C = row_R < rows, rank_K < ranks, wide_C < own
-    w_KC = tl.load(
-        weight + rank_K[:, None] * own + wide_C[None, :], mask=in_K[:, None] & in_C[None, :], other=0.0
-    ).to(tl.float32)
+    rank_K1, wide_C = tl.arange(0, RANKS)[:, None], block * BLOCK + tl.arange(0, BLOCK)
+    in_K1, in_C = rank_K1 < ranks, wide_C < own
+    w_KC = tl.load(weight + rank_K1 * own + wide_C[None, :], mask=in_K1 & in_C[None, :], other=0.0).to(
+        tl.float32
+    )
     admit_next(EARLY)
     await_former(EARLY)
-    at_RK = row_R[:, None] * x_b + first + rank_K[None, :]
-    x_RK = tl.load(x + at_RK, mask=in_R[:, None] & in_K[None, :], other=0.0).to(tl.float32)
-    o_RC = tl.sum(x_RK[:, :, None] * w_KC[None, :, :], 1)
-    at_RC = row_R[:, None] * channels + start + wide_C[None, :]
-    tl.store(o + at_RC, o_RC.to(o.dtype.element_ty), mask=in_R[:, None] & in_C[None, :])
+    for row in tl.static_range(ROWS):
+        x_K1 = tl.load(x + row * x_b + first + rank_K1, mask=in_K1 & (row < rows), other=0.0)
+        o_C = tl.sum(x_K1.to(tl.float32) * w_KC, 0)
+        tl.store(o + row * channels + start + wide_C, o_C.to(o.dtype.element_ty), mask=in_C & (row < rows))
