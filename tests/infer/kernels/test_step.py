@@ -119,6 +119,33 @@ def test_weights_are_held_once() -> None:
     assert sum(p.untyped_storage().nbytes() for p in stored.values()) <= before
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+@pytest.mark.parametrize(
+    "name", ["gemma4", "gemma4-plain", "student-gemma4", "gemma3", "llama", "student-qwen3"]
+)
+@torch.inference_mode()
+def test_on_a_gpu_is_as_near_to_the_truth_as_the_network(name: str, rows: int) -> None:
+    """In bfloat16, against float32 on the same rounded weights and states."""
+    model = build(name).bfloat16()
+    wide = Network(copy.deepcopy(model).float().to("cuda"), rows=rows, length=PAGE)
+    plain, other = (Network(copy.deepcopy(model).to("cuda"), rows=rows, length=PAGE) for _ in range(2))
+    step, generator = KernelStep(other), torch.Generator().manual_seed(1)
+    ids_BS = torch.randint(3, model.config.vocab_size, (rows, 12), generator=generator).to("cuda")
+    table_BM = torch.arange(1, 3 * rows + 1, device="cuda").view(rows, 3)
+    for network in (wide, plain, other):
+        network.states.grow(3 * rows + 1)
+    errors = []
+    for place in range(12):
+        seen_B = torch.full((rows,), place, device="cuda")
+        exact, near, found = (
+            decode(ids_BS[:, place], seen_B, table_BM) for decode in (wide.decode, plain.decode, step)
+        )
+        errors.append([float(relative_error(logits, exact)) for logits in (near, found)])
+    near, found = torch.tensor(errors).square().mean(0).sqrt().tolist()
+    assert found < max(1.3 * near, 2e-2)
+
+
 class TestInterpreted:
     """The kernels, in Triton's interpreter."""
 

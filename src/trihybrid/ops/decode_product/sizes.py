@@ -23,7 +23,7 @@ class Sizes:
 
 # By rows, rounded up to a power of two.
 NARROW_PRODUCT = {
-    1: Sizes(8, 4, step=512), 2: Sizes(8, 4, step=512), 4: Sizes(4, 4, step=512), 8: Sizes(4, 4, step=512),
+    1: Sizes(4, 4, step=512), 2: Sizes(8, 4, step=512), 4: Sizes(4, 4, step=512), 8: Sizes(4, 4, step=512),
 }  # fmt: skip
 PRODUCT = {
     1: Sizes(2, 4, step=2048), 2: Sizes(2, 4, step=2048), 4: Sizes(4, 8, step=2048), 8: Sizes(4, 8, step=2048),
