@@ -6,8 +6,8 @@ from transformers import PreTrainedModel
 
 import tiny_teachers
 from small_student import make_student
-from trihybrid.infer.engine import Engine
 from trihybrid.infer import execution
+from trihybrid.infer.engine import Engine
 from trihybrid.infer.execution import CompiledDecoder, GraphDecoder, by_rows, table
 from trihybrid.infer.network import Network
 from trihybrid.infer.network.parts import Fusion
