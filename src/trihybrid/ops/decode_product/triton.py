@@ -7,8 +7,8 @@ their way before the former kernel has ended.
 All tiles have two axes, the second one that of the inputs, so that weights are summed in the registers into which they
 were loaded.
 
-Legend: R rows, rounded up to ROWS; D width of the stream, rounded up to WIDE; O outputs of a block; I inputs of a step;
-C channels of a block; K ranks, rounded up to RANKS.
+Legend: R rows, COUNT of them, rounded up to ROWS; D width of the stream, rounded up to WIDE; O outputs of a block; I
+inputs of a step; C channels of a block; K ranks, rounded up to RANKS.
 """
 
 from collections.abc import Sequence
@@ -36,8 +36,8 @@ def launch_product(x_BI: Tensor, weight_OI: Tensor) -> Tensor:
     sizes = product_sizes(padded, inputs)
     step = min(sizes.step, triton.next_power_of_2(inputs))
     _product[(triton.cdiv(outputs, sizes.block),)](
-        x_BI, weight_OI, o_BO, rows, inputs, outputs, x_BI.stride(0), weight_OI.stride(0),
-        ROWS=padded, BLOCK=sizes.block, STEP=step, EARLY=soon,
+        x_BI, weight_OI, o_BO, inputs, outputs, x_BI.stride(0), weight_OI.stride(0),
+        COUNT=rows, ROWS=padded, BLOCK=sizes.block, STEP=step, EARLY=soon,
         num_warps=sizes.warps, launch_pdl=soon,
     )  # fmt: skip
     return o_BO
@@ -62,13 +62,13 @@ def launch_normed(x_BD: Tensor, weight_OD: Tensor, before: Before, finish: Finis
     programs = min(triton.cdiv(outputs, sizes.block), sizes.programs * processors)
     _normed[(programs,)](
         x_BD, *(x_BD if part is None else part for part in (y_BD, y_weight, scalar, x_weight)), weight_OD,
-        half_OD, x_BD if other_BO is None else other_BO, after_BD, o_BO, rows, width, outputs,
+        half_OD, x_BD if other_BO is None else other_BO, after_BD, o_BO, width, outputs,
         before.y_gain.epsilon if before.y_gain else 0.0, before.gain.epsilon if before.gain else 0.0,
         finish.cap or 0.0, 0 if other_BO is None else other_BO.stride(0), *finish.borders,
         ADDED=y_BD is not None, Y_NORMED=before.y_gain is not None, Y_WEIGHT=y_weight is not None,
         SCALED=scalar is not None, NORMED=before.gain is not None, WEIGHT=x_weight is not None,
         KIND=KINDS[finish.kind], SILU=finish.activation == "silu", CAPPED=finish.cap is not None,
-        ROWS=padded, WIDE=triton.next_power_of_2(width), BLOCK=sizes.block, EARLY=soon,
+        COUNT=rows, ROWS=padded, WIDE=triton.next_power_of_2(width), BLOCK=sizes.block, EARLY=soon,
         num_warps=sizes.warps, launch_pdl=soon,
     )  # fmt: skip
     return after_BD, o_BO
@@ -85,8 +85,8 @@ def launch_raised(x_BP: Tensor, first: int, weights: Sequence[Tensor]) -> Tensor
     blocks = sum(triton.cdiv(shape[1], block) for shape in shapes)
     soon = early(x_BP.device)
     _raised[(blocks,)](
-        x_BP, weights[0], o_BC, rows, x_BP.stride(0), first, channels, *(size for shape in shapes for size in shape),
-        ROWS=triton.next_power_of_2(rows), RANKS=triton.next_power_of_2(max(shape[0] for shape in shapes)),
+        x_BP, weights[0], o_BC, x_BP.stride(0), first, channels, *(size for shape in shapes for size in shape),
+        COUNT=rows, RANKS=triton.next_power_of_2(max(shape[0] for shape in shapes)),
         BLOCK=block, EARLY=soon, num_warps=RAISED.warps, launch_pdl=soon,
     )  # fmt: skip
     return o_BC
@@ -94,7 +94,7 @@ def launch_raised(x_BP: Tensor, first: int, weights: Sequence[Tensor]) -> Tensor
 
 @triton.jit
 def _product(
-    x, weight, o, rows, inputs, outputs, x_b, weight_o,
+    x, weight, o, inputs, outputs, x_b, weight_o, COUNT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     step_1I, row_R = tl.arange(0, STEP)[None, :], tl.arange(0, ROWS)
@@ -112,8 +112,8 @@ def _product(
         next_1I = start + STEP + step_1I
         next_OI = tl.load(weight_OI + start + STEP, mask=in_O1 & (next_1I < inputs), other=0.0)
         at_1I = start + step_1I
-        for row in tl.static_range(ROWS):
-            x_1I = tl.load(x + row * x_b + at_1I, mask=(at_1I < inputs) & (row < rows), other=0.0)
+        for row in tl.static_range(COUNT):
+            x_1I = tl.load(x + row * x_b + at_1I, mask=at_1I < inputs, other=0.0)
             if ROWS == 1:
                 sum_OI += w_OI * x_1I.to(tl.float32)
             else:
@@ -122,22 +122,22 @@ def _product(
     if ROWS == 1:
         o_RO += tl.sum(sum_OI, 1)[None, :]
     at_RO = row_R[:, None] * outputs + wide_O[None, :]
-    in_RO = (row_R < rows)[:, None] & (wide_O < outputs)[None, :]
+    in_RO = (row_R < COUNT)[:, None] & (wide_O < outputs)[None, :]
     tl.store(o + at_RO, o_RO.to(o.dtype.element_ty), mask=in_RO)
 
 
 @triton.jit
 def _normed(
-    x, y, y_weight, scalar, x_weight, weight, half, other, after, o, rows, width, outputs, y_epsilon, x_epsilon,
+    x, y, y_weight, scalar, x_weight, weight, half, other, after, o, width, outputs, y_epsilon, x_epsilon,
     cap, other_b, tanh_from, sigmoid_from,
     ADDED: tl.constexpr, Y_NORMED: tl.constexpr, Y_WEIGHT: tl.constexpr, SCALED: tl.constexpr, NORMED: tl.constexpr,
-    WEIGHT: tl.constexpr, KIND: tl.constexpr, SILU: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    WEIGHT: tl.constexpr, KIND: tl.constexpr, SILU: tl.constexpr, CAPPED: tl.constexpr, COUNT: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row_R, wide_1D, block_O = tl.arange(0, ROWS), tl.arange(0, WIDE)[None, :], tl.arange(0, BLOCK)
     in_1D = wide_1D < width
     at_RD = row_R[:, None] * width + wide_1D
-    in_RD = (row_R < rows)[:, None] & in_1D
+    in_RD = (row_R < COUNT)[:, None] & in_1D
     first = tl.program_id(0) * BLOCK
     next_OD = _tile(weight, first, outputs, width, block_O, wide_1D, in_1D)
     if KIND == GATED:
@@ -173,12 +173,12 @@ def _normed(
         if KIND == GATED:
             up_OD = next_up_OD.to(tl.float32)
             next_up_OD = _tile(half, start + stride, outputs, width, block_O, wide_1D, in_1D)
-        for row in tl.static_range(ROWS):
+        for row in tl.static_range(COUNT):
             x_1D = x_RD
             if ROWS > 1:
                 x_1D = tl.sum(tl.where((row_R == row)[:, None], x_RD, 0.0), 0)[None, :]
             o_O = tl.sum(w_OD * x_1D, 1)
-            in_O = (wide_O < outputs) & (row < rows)
+            in_O = wide_O < outputs
             if KIND == GATED:
                 o_O = _activated(o_O, SILU) * tl.sum(up_OD * x_1D, 1)
             if KIND == TIMES:
@@ -216,8 +216,8 @@ def _activated(x, SILU: tl.constexpr):
 
 @triton.jit
 def _raised(
-    x, weight, o, rows, x_b, first, channels, ranks_0, channels_0, ranks_1, channels_1, ranks_2, channels_2, ranks_3,
-    channels_3, ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    x, weight, o, x_b, first, channels, ranks_0, channels_0, ranks_1, channels_1, ranks_2, channels_2, ranks_3,
+    channels_3, COUNT: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     block, start = tl.program_id(0), 0
     ranks, own = ranks_0, channels_0
@@ -244,7 +244,7 @@ def _raised(
     )
     admit_next(EARLY)
     await_former(EARLY)
-    for row in tl.static_range(ROWS):
-        x_K1 = tl.load(x + row * x_b + first + rank_K1, mask=in_K1 & (row < rows), other=0.0)
+    for row in tl.static_range(COUNT):
+        x_K1 = tl.load(x + row * x_b + first + rank_K1, mask=in_K1, other=0.0)
         o_C = tl.sum(x_K1.to(tl.float32) * w_KC, 0)
-        tl.store(o + row * channels + start + wide_C, o_C.to(o.dtype.element_ty), mask=in_C & (row < rows))
+        tl.store(o + row * channels + start + wide_C, o_C.to(o.dtype.element_ty), mask=in_C)
