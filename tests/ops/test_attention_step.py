@@ -162,7 +162,7 @@ class TestInterpreted:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pages", [0, 3, 400])
+@pytest.mark.parametrize("pages", [0, 3, 1000])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("sizes", [*SIZES, (8, 1, 256), (8, 1, 512), (4, 2, 128)])
 def test_on_a_gpu(sizes: tuple[int, int, int], form: str, pages: int) -> None:

@@ -108,6 +108,18 @@ def test_options_that_are_not_taken_are_named(changes: dict, reason: str) -> Non
     assert reason in str(refusal(Network(model, rows=1, length=PAGE)))
 
 
+def test_maps_that_are_wrapped_are_named() -> None:
+    """An adapter's map holds the plain one, whose weight alone would leave the adapter out."""
+
+    class Wrapped(torch.nn.Linear):
+        pass
+
+    model = make_student()
+    network = Network(model, rows=1, length=PAGE)
+    model.model.layers[2].self_attn.o_proj = Wrapped(16, 16, bias=False)
+    assert refusal(network) == "layer 2: self_attn.o_proj is a Wrapped; linear maps are taken"
+
+
 def test_weights_are_held_once() -> None:
     model = make_student()
     network = Network(model, rows=1, length=PAGE)

@@ -12,6 +12,11 @@ from trihybrid.ops import attention_step, decode_product, recurrence_step
 
 ACTIVATIONS = {"GELUTanh": "gelu", "SiLUActivation": "silu", "SiLU": "silu"}
 """Class of an activation -> our name of it."""
+MAPS = {
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "per_layer_input_gate",
+    "per_layer_projection", "receptance", "key", "value", "output",
+}  # fmt: skip
+"""Names of the linear maps of a layer, whose weights the kernels read past their modules."""
 
 
 def refusal(network: Network) -> str | None:
@@ -87,13 +92,13 @@ def _of_maps(module: nn.Module) -> str | None:
         (
             reason
             for name, part in module.named_modules()
-            if isinstance(part, nn.Linear) and (reason := _of_map(name, part)) is not None
+            if name.rpartition(".")[2] in MAPS and (reason := _of_map(name, part)) is not None
         ),
         None,
     )
 
 
-def _of_map(name: str, module: nn.Module) -> str | None:
+def _of_map(name: str, module: Any) -> str | None:
     """Whether a linear map is anything else than a product with a plain weight."""
     if type(module) not in (nn.Linear, Projection):
         return f"{name} is a {type(module).__name__}; linear maps are taken"

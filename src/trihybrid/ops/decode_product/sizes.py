@@ -26,7 +26,7 @@ NARROW_PRODUCT = {
     1: Sizes(4, 4, step=512), 2: Sizes(8, 4, step=512), 4: Sizes(4, 4, step=512), 8: Sizes(4, 4, step=512),
 }  # fmt: skip
 PRODUCT = {
-    1: Sizes(2, 4, step=2048), 2: Sizes(2, 4, step=2048), 4: Sizes(4, 8, step=2048), 8: Sizes(4, 8, step=2048),
+    1: Sizes(2, 4, step=2048), 2: Sizes(2, 4, step=2048), 4: Sizes(2, 4, step=2048), 8: Sizes(2, 4, step=2048),
 }  # fmt: skip
 NORMED = {
     "gated": {
