@@ -94,24 +94,27 @@ def sizes(wide: int) -> tuple[int, int]:
 
 @triton.jit
 def _placed(
-    x, wide_N, in_RN, width, weight, epsilon, cosine, sine, NORMED: tl.constexpr, TURNED: tl.constexpr
+    x_RN, other_RN, own_1N, cosine_1N, sine_1N, width, epsilon, NORMED: tl.constexpr, TURNED: tl.constexpr
 ):
-    """Heads [R, N] that begin at x [R, 1], float32, behind norm and rotation; pair j is channels j and j + N/2."""
-    x_RN = tl.load(x + wide_N[None, :], mask=in_RN, other=0.0).to(tl.float32)
-    in_N = wide_N < width
-    other_N = (wide_N + width // 2) % width
+    """Heads [R, N], float32, behind their norm and rotation; pair j is channels j and j + N/2.
+
+    `other_RN` has the other channel of each pair, and `own_1N` the norm's weights of both.
+    """
+    weight_1N, other_weight_1N = own_1N
     if NORMED:
-        root_R = tl.rsqrt(tl.sum(x_RN * x_RN, 1) / width + epsilon)
-        x_RN *= root_R[:, None]
-        x_RN *= tl.load(weight + wide_N, mask=in_N, other=0.0).to(tl.float32)[None, :]
+        root_R1 = tl.rsqrt(tl.sum(x_RN * x_RN, 1) / width + epsilon)[:, None]
+        x_RN *= root_R1 * weight_1N
+        if TURNED:
+            other_RN *= root_R1 * other_weight_1N
     if TURNED:
-        other_RN = tl.load(x + other_N[None, :], mask=in_RN, other=0.0).to(tl.float32)
-        if NORMED:
-            other_RN *= root_R[:, None]
-            other_RN *= tl.load(weight + other_N, mask=in_N, other=0.0).to(tl.float32)[None, :]
-        x_RN *= tl.load(cosine + wide_N, mask=in_N, other=0.0).to(tl.float32)[None, :]
-        x_RN += other_RN * tl.load(sine + wide_N, mask=in_N, other=0.0).to(tl.float32)[None, :]
+        x_RN = x_RN * cosine_1N + other_RN * sine_1N
     return x_RN
+
+
+@triton.jit
+def _row(start, wide_1N, in_1N):
+    """[1, N] of a vector, float32."""
+    return tl.load(start + wide_1N, mask=in_1N, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -158,52 +161,57 @@ def _attend(
     next_v_SN = _stored(
         values, table, batch, group, token_S, in_S, wide_N, in_N, values_p, values_l, values_g, LENGTH, RING
     )
+    wide_1N, in_1N = wide_N[None, :], in_N[None, :]
+    pairs = width // 2
+    other_1N = tl.where(wide_1N < pairs, wide_1N + pairs, wide_1N - pairs)
+    q_own_1N, k_own_1N = (wide_1N, wide_1N), (wide_1N, wide_1N)
+    if Q_NORMED:
+        q_own_1N = (_row(q_weight, wide_1N, in_1N), _row(q_weight, other_1N, in_1N))
+    if K_NORMED:
+        k_own_1N = (_row(k_weight, wide_1N, in_1N), _row(k_weight, other_1N, in_1N))
     admit_next(EARLY)
     await_former(EARLY)
+    # All that is read comes before the first sum over channels, for which a program's threads wait for each other.
     x += batch * x_b
-    cosine += batch * width
-    sine += batch * width
-    q_RN = _placed(
-        x + q_first + (first_head + row_R)[:, None] * width,
-        wide_N,
-        in_RN,
-        width,
-        q_weight,
-        q_epsilon,
-        cosine,
-        sine,
-        Q_NORMED,
-        TURNED,
-    ).to(keys.dtype.element_ty)
+    head_R1 = (first_head + row_R)[:, None] * width
+    x_RN = tl.load(x + q_first + head_R1 + wide_1N, mask=in_RN, other=0.0).to(tl.float32)
+    x_other_RN, cosine_1N, sine_1N = x_RN, wide_1N, wide_1N
+    if TURNED:
+        x_other_RN = tl.load(x + q_first + head_R1 + other_1N, mask=in_RN, other=0.0).to(tl.float32)
+        cosine_1N = _row(cosine + batch * width, wide_1N, in_1N)
+        sine_1N = _row(sine + batch * width, wide_1N, in_1N)
+    if OWN:
+        k_1N = _row(x + k_first + group * width, wide_1N, in_1N)
+        v_1N = _row(x + v_first + group * width, wide_1N, in_1N)
+        k_other_1N = k_1N
+        if TURNED:
+            k_other_1N = _row(x + k_first + group * width, other_1N, in_1N)
+    page, place = batch, newest % LENGTH
+    if not RING:
+        page = tl.load(table + newest // LENGTH).to(tl.int64)
+    at_k_1N = keys + page * keys_p + place * keys_l + group * keys_g + wide_1N
+    at_v_1N = values + page * values_p + place * values_l + group * values_g + wide_1N
+    q_RN = _placed(x_RN, x_other_RN, q_own_1N, cosine_1N, sine_1N, width, q_epsilon, Q_NORMED, TURNED)
+    q_RN = q_RN.to(keys.dtype.element_ty)
     most_R = tl.full((ROWS,), float("-inf"), tl.float32)
     sum_R = tl.zeros((ROWS,), tl.float32)
     sum_RN = tl.zeros((ROWS, WIDE), tl.float32)
     if part == 0:
-        page = batch
-        if not RING:
-            page = tl.load(table + newest // LENGTH).to(tl.int64)
-        place = newest % LENGTH
-        at_k_1N = keys + page * keys_p + place * keys_l + group * keys_g + wide_N[None, :]
-        at_v_1N = values + page * values_p + place * values_l + group * values_g + wide_N[None, :]
-        in_1N = in_N[None, :]
         if OWN:
-            one_1 = tl.arange(0, 1)[:, None] + group * width
-            k_1N = _placed(
-                x + k_first + one_1, wide_N, in_1N, width, k_weight, k_epsilon, cosine, sine, K_NORMED, TURNED
-            ).to(keys.dtype.element_ty)
-            v_1N = _placed(x + v_first + one_1, wide_N, in_1N, width, x, 0.0, cosine, sine, False, False)
+            k_1N = _placed(k_1N, k_other_1N, k_own_1N, cosine_1N, sine_1N, width, k_epsilon, K_NORMED, TURNED)
+            k_1N = k_1N.to(keys.dtype.element_ty).to(tl.float32)
             if V_NORMED:
                 v_1N *= tl.rsqrt(tl.sum(v_1N * v_1N, 1) / width + v_epsilon)[:, None]
-            v_1N = v_1N.to(values.dtype.element_ty)
+            v_1N = v_1N.to(values.dtype.element_ty).to(tl.float32)
             if lane % SPLITS == 0:
-                tl.store(at_k_1N, k_1N, mask=in_1N)
-                tl.store(at_v_1N, v_1N, mask=in_1N)
+                tl.store(at_k_1N, k_1N.to(keys.dtype.element_ty), mask=in_1N)
+                tl.store(at_v_1N, v_1N.to(values.dtype.element_ty), mask=in_1N)
         else:
-            k_1N = tl.load(at_k_1N, mask=in_1N, other=0.0)
-            v_1N = tl.load(at_v_1N, mask=in_1N, other=0.0)
-        most_R = tl.sum(q_RN.to(tl.float32) * k_1N.to(tl.float32), 1) * scale
+            k_1N = tl.load(at_k_1N, mask=in_1N, other=0.0).to(tl.float32)
+            v_1N = tl.load(at_v_1N, mask=in_1N, other=0.0).to(tl.float32)
+        most_R = tl.sum(q_RN.to(tl.float32) * k_1N, 1) * scale
         sum_R += 1
-        sum_RN += v_1N.to(tl.float32)
+        sum_RN += v_1N
     for start in range(first, last, BLOCK):
         k_SN, v_SN, in_now_S = next_k_SN, next_v_SN, in_S
         token_S = start + BLOCK + block_S

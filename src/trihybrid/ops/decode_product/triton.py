@@ -146,6 +146,8 @@ def _normed(
         y_weight_1D = tl.load(y_weight + wide_1D, mask=in_1D, other=0.0).to(tl.float32)
     if WEIGHT:
         x_weight_1D = tl.load(x_weight + wide_1D, mask=in_1D, other=0.0).to(tl.float32)
+    if SCALED:
+        factor = tl.load(scalar).to(tl.float32)
     admit_next(EARLY)
     await_former(EARLY)
     x_RD = tl.load(x + at_RD, mask=in_RD, other=0.0).to(tl.float32)
@@ -157,7 +159,7 @@ def _normed(
             y_RD *= y_weight_1D
         x_RD += y_RD
     if SCALED:
-        x_RD *= tl.load(scalar).to(tl.float32)
+        x_RD *= factor
     if ADDED or SCALED:  # noqa: SIM102
         if tl.program_id(0) == 0:
             tl.store(after + at_RD, x_RD.to(after.dtype.element_ty), mask=in_RD)
@@ -177,13 +179,14 @@ def _normed(
             x_1D = x_RD
             if ROWS > 1:
                 x_1D = tl.sum(tl.where((row_R == row)[:, None], x_RD, 0.0), 0)[None, :]
-            o_O = tl.sum(w_OD * x_1D, 1)
             in_O = wide_O < outputs
+            if KIND == TIMES:
+                other_O = tl.load(other + row * other_b + wide_O, mask=in_O, other=0.0).to(tl.float32)
+            o_O = tl.sum(w_OD * x_1D, 1)
             if KIND == GATED:
                 o_O = _activated(o_O, SILU) * tl.sum(up_OD * x_1D, 1)
             if KIND == TIMES:
-                other_O = tl.load(other + row * other_b + wide_O, mask=in_O, other=0.0)
-                o_O = _activated(o_O, SILU) * other_O.to(tl.float32)
+                o_O = _activated(o_O, SILU) * other_O
             if KIND == RANKED:
                 is_tanh_O = (wide_O >= tanh_from) & (wide_O < sigmoid_from)
                 o_O = tl.where(is_tanh_O, _tanh(o_O), tl.where(wide_O < tanh_from, o_O, tl.sigmoid(o_O)))

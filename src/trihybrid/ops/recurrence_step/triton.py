@@ -55,6 +55,11 @@ def _step(
     s_KV = tl.load(state_KV, mask=in_KV, other=0.0)
     u_K = tl.load(w0 + own_K, mask=in_K, other=0.0).to(tl.float32)
     a_K = tl.load(a0 + own_K, mask=in_K, other=0.0).to(tl.float32)
+    if NORMED:
+        r_weight_K = tl.load(r_weight + wide_K, mask=in_K, other=0.0).to(tl.float32)
+        k_weight_K = tl.load(k_weight + wide_K, mask=in_K, other=0.0).to(tl.float32)
+    if BONUS:
+        bonus_K = tl.load(bonus + own_K, mask=in_K, other=0.0).to(tl.float32)
     admit_next(EARLY)
     await_former(EARLY)
     x += batch * x_b
@@ -67,10 +72,8 @@ def _step(
     a_K = tl.sigmoid(a_K + tl.load(raised + own_K, mask=in_K, other=0.0).to(tl.float32))
     gate_V = tl.load(raised + 2 * channels + head * width + wide_V, mask=in_V, other=0.0).to(tl.float32)
     if NORMED:
-        r_K *= tl.rsqrt(tl.sum(r_K * r_K, 0) / width + r_epsilon)
-        r_K *= tl.load(r_weight + wide_K, mask=in_K, other=0.0).to(tl.float32)
-        k_K *= tl.rsqrt(tl.sum(k_K * k_K, 0) / width + k_epsilon)
-        k_K *= tl.load(k_weight + wide_K, mask=in_K, other=0.0).to(tl.float32)
+        r_K *= tl.rsqrt(tl.sum(r_K * r_K, 0) / width + r_epsilon) * r_weight_K
+        k_K *= tl.rsqrt(tl.sum(k_K * k_K, 0) / width + k_epsilon) * k_weight_K
     kk_K = k_K / (tl.sqrt(tl.sum(k_K * k_K, 0)) + 1e-12)
     share_K = tl.sigmoid(u_K)
     w_K = tl.exp(-0.6065306597126334 * share_K)
@@ -84,6 +87,5 @@ def _step(
     tl.store(state_KV, s_KV, mask=in_KV)
     o_V = tl.sum(r_K[:, None] * s_KV, 0) * scale
     if BONUS:
-        own_bonus_K = tl.load(bonus + own_K, mask=in_K, other=0.0).to(tl.float32)
-        o_V += tl.sum(r_K * k_K * own_bonus_K, 0) * v_V
+        o_V += tl.sum(r_K * k_K * bonus_K, 0) * v_V
     tl.store(o + batch * o_b + head * width + wide_V, (o_V * gate_V).to(o.dtype.element_ty), mask=in_V)
