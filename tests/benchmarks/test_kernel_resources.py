@@ -18,7 +18,7 @@ SPILLING = {
     ("wkv7", "_differentiate"),
     ("mixed_norm", "_backward"),
     ("window_attention", "_backward_keys"),
-    ("attention_step", "_attend"),
+    ("attention_step", "_head"),
 }
 """Kernels that keep something outside of registers; the last two below Hopper only."""
 
