@@ -1,4 +1,4 @@
-"""Attention in a decoding step from raw projections on, as one launch.
+"""Attention in a decoding step from raw projections on, as one launch, or two over many tokens.
 
     q, k <- rotate(norm(q, k));  v <- norm(v);  the store gets k and v of the newest token
     o_h = (sum_s softmax_s(scale q_h . k_s) v_s) gate       over all stored tokens of the sequence

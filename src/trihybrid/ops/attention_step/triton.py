@@ -34,7 +34,7 @@ JOIN = (64, 64)  # parts at a time and channels of a program that joins
 
 def head_sizes(wide: int) -> tuple[int, int]:
     """Tokens of a block and warps of a program, by the head width, where tokens are few."""
-    return {16: (64, 4), 32: (64, 4), 64: (64, 4), 128: (64, 8), 256: (32, 8), 512: (16, 8)}[wide]
+    return (64, 4) if wide <= 64 else {128: (64, 8), 256: (32, 8), 512: (16, 8)}[wide]
 
 
 def group_sizes(wide: int) -> tuple[int, int]:
