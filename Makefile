@@ -59,7 +59,7 @@ test-transformers: $(LOWEST)/.installed $(NEWEST)/.installed ## test the lowest 
 
 test-triton: $(TRITON)/.installed ## run the Triton kernels in Triton's interpreter, on the CPU
 	@echo "testing the Triton kernels with Triton $$($(call version,$(TRITON),triton)), interpreted"
-	@TRITON_INTERPRET=1 $(TRITON)/bin/python $(PYTEST) -m triton tests/ops tests/benchmarks
+	@TRITON_INTERPRET=1 $(TRITON)/bin/python $(PYTEST) -m triton tests/ops tests/infer/kernels tests/benchmarks
 
 browser-test: setup ## open the report in a headless Chromium
 	@echo "testing: the report in a browser"

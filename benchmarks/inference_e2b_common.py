@@ -46,7 +46,7 @@ class Scale:
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
 
-TRUE = Scale("cuda", (4096, 131_072), 64, 8192, 1_000_000, 4096, ("graph", "fused-graph"))
+TRUE = Scale("cuda", (4096, 131_072), 64, 8192, 1_000_000, 4096, ("graph", "fused-graph", "kernels"))
 TINY = Scale("cpu", (64, 256), 4, 96, 600, 64, ("eager",))
 
 

@@ -151,6 +151,61 @@ def decode_attention() -> None:
             launch(q, keys, keys, table, torch.ones(batch, dtype=torch.int64), 1.0)
 
 
+def decode_product() -> None:
+    """E2B's stream, MLPs, low ranks and head, one sequence and many."""
+    module = importlib.import_module("trihybrid.ops.decode_product")
+    launches = importlib.import_module("trihybrid.ops.decode_product.triton")
+    gain = module.Gain(torch.ones(1536), 1e-6)
+    for rows in (1, 2, 4, 8):
+        x, y, other = (torch.randn(rows, size, dtype=torch.bfloat16) for size in (1536, 1536, 256))
+        before = module.Before(y, gain, torch.ones(1), gain)
+        for finish, outputs in (
+            (module.Finish(), 2560),
+            (module.Finish("gated"), 2 * 6144),
+            (module.Finish("times", other_BO=other), 256),
+            (module.Finish("ranks", borders=(600, 800)), 1024),
+            (module.Finish("logits", cap=30.0), 4096),
+        ):
+            launches.launch_normed(x, torch.zeros(outputs, 1536, dtype=torch.bfloat16), before, finish)
+        for inputs in (256, 2048, 6144):
+            wide = torch.zeros(rows, inputs, dtype=torch.bfloat16)
+            launches.launch_product(wide, torch.zeros(1536, inputs, dtype=torch.bfloat16))
+        ranks = torch.zeros(rows, 6656, dtype=torch.bfloat16)
+        ups = [torch.zeros(rank, rank * 4, dtype=torch.bfloat16) for rank in (256, 256, 256, 128)]
+        launches.launch_raised(ranks, 5760, ups)
+
+
+def recurrence_step() -> None:
+    """E2B's heads, one sequence and several."""
+    module = importlib.import_module("trihybrid.ops.recurrence_step")
+    launch = importlib.import_module("trihybrid.ops.recurrence_step.triton").launch
+    gain = importlib.import_module("trihybrid.ops.decode_product").Gain(torch.ones(128), 1e-6)
+    recurrence = module.Recurrence(32, 4, 128, torch.ones(4096), torch.ones(4096), gain, gain, True, None)
+    for rows in (1, 8):
+        x, raised, o = (torch.zeros(rows, size, dtype=torch.bfloat16) for size in (6656, 12_800, 4608))
+        launch(x, raised, recurrence, torch.zeros(rows, 32, 128, 128), o[:, :4096])
+
+
+def attention_step() -> None:
+    """E2B's heads over a ring and over pages, and TICA's, with few parts and with many."""
+    module = importlib.import_module("trihybrid.ops.attention_step")
+    launch = importlib.import_module("trihybrid.ops.attention_step.triton").launch
+    gain_of = importlib.import_module("trihybrid.ops.decode_product").Gain
+    for heads, groups, width, gated in ((8, 1, 256, False), (8, 1, 512, False), (4, 2, 128, True)):
+        gain = gain_of(torch.ones(width), 1e-6)
+        own, behind = heads * width, (heads + groups) * width
+        x = torch.zeros(1, behind + groups * width, dtype=torch.bfloat16)
+        turns = None if gated else (torch.zeros(1, width), torch.zeros(1, width))
+        seen, arrived = torch.zeros(1, dtype=torch.int64), torch.zeros(8, dtype=torch.int32)
+        for first in ((0, own, behind), (0, None, None)):
+            parts = module.Heads(heads, groups, width, 1.0, first, gain, gain if first[1] else None, None)
+            for pages in (0, 4, 2048):
+                keys = torch.zeros(1, 64 if pages else 512, groups, width, dtype=torch.bfloat16)
+                table = torch.zeros(1, pages, dtype=torch.int64) if pages else None
+                gate = x[:, :own] if gated else None
+                launch(x, parts, module.Store(keys, keys, seen, table), turns, gate, x[:, :own], arrived)
+
+
 def window_attention() -> None:
     """The compact models' heads."""
     q, k, v = leaf(1, 256, 8, 64), leaf(1, 256, 4, 64), leaf(1, 256, 4, 64)
@@ -194,6 +249,9 @@ ROOMS: dict[str, tuple[Callable[[], None], ...]] = {
     "wkv7": (partial(wkv7, 64, False), partial(wkv7, 128, False), partial(wkv7, 128, True)),
     "wkv7/decode": (wkv7_step,),
     "decode_attention": (decode_attention,),
+    "decode_product": (decode_product,),
+    "recurrence_step": (recurrence_step,),
+    "attention_step": (attention_step,),
     "divergence": (divergence,),
     "gated_gelu": (gated_gelu,),
     "window_attention": (window_attention,),

@@ -14,8 +14,13 @@ from interpreted import MARKS
 pytestmark = MARKS
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernel_resources.py"
 OPS = Path(trihybrid.__file__).parent / "ops"
-SPILLING = {("wkv7", "_differentiate"), ("mixed_norm", "_backward"), ("window_attention", "_backward_keys")}
-"""Kernels that keep something outside of registers; the last one below Hopper only."""
+SPILLING = {
+    ("wkv7", "_differentiate"),
+    ("mixed_norm", "_backward"),
+    ("window_attention", "_backward_keys"),
+    ("attention_step", "_head"),
+}
+"""Kernels that keep something outside of registers; the last two below Hopper only."""
 
 
 @pytest.mark.parametrize("architecture", [80, 89, 90])

@@ -6,8 +6,11 @@ from transformers import PreTrainedModel
 
 import tiny_teachers
 from small_student import make_student
+from trihybrid.infer import execution
 from trihybrid.infer.engine import Engine
-from trihybrid.infer.execution import CompiledDecoder, table
+from trihybrid.infer.execution import CompiledDecoder, GraphDecoder, by_rows, table
+from trihybrid.infer.network import Network
+from trihybrid.infer.network.parts import Fusion
 
 PROMPTS = [[(place * step) % 57 + 3 for place in range(length)] for step, length in ((5, 130), (7, 9))]
 
@@ -41,18 +44,18 @@ def test_tables_are_filled_with_the_page_of_nobody() -> None:
 
 
 @pytest.mark.parametrize(
-    ("execution", "message"),
+    ("way", "message"),
     [
-        ("fast", 'execution is "fast"; choose eager, compiled, graph or fused-graph'),
+        ("fast", 'execution is "fast"; choose eager, compiled, graph, fused-graph or kernels'),
         (
             "graph",
             "the model is on cpu; CUDA graphs need a CUDA device: move the model there, or choose eager",
         ),
     ],
 )
-def test_what_cannot_run_is_refused(execution: str, message: str) -> None:
+def test_what_cannot_run_is_refused(way: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Engine(make_student(), execution=execution)  # type: ignore[arg-type]
+        Engine(make_student(), execution=way)  # type: ignore[arg-type]
 
 
 def test_experts_are_not_recorded() -> None:
@@ -61,13 +64,68 @@ def test_experts_are_not_recorded() -> None:
         Engine(model, execution="compiled")
 
 
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            make_student,
+            "its weights are torch.float32; torch.bfloat16 and torch.float16 are taken; choose fused-graph",
+        ),
+        (
+            lambda: tiny_teachers.build_teacher("qwen2").bfloat16(),
+            "layer 0: self_attn.q_proj has a bias; choose",
+        ),
+    ],
+)
+def test_kernels_refuse_what_they_do_not_take(build, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        by_rows(Network(build(), rows=1, length=4))
+
+
+@torch.inference_mode()
+def test_more_sequences_than_the_kernels_take_go_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "KERNEL_ROWS", 2)
+    monkeypatch.setattr(Fusion, "compiled", Fusion)
+    network = Network(make_student().bfloat16(), rows=3, length=4)
+    network.states.grow(4)
+    ways: list[int] = []
+    monkeypatch.setattr(execution.KernelStep, "__call__", lambda step, ids_B, *rest: ways.append(len(ids_B)))
+    decode = by_rows(network)
+    for rows in (1, 2, 3):
+        ids_B = torch.full((rows,), 5)
+        logits_BV = decode(ids_B, torch.zeros_like(ids_B), torch.arange(rows)[:, None])
+    assert ways == [1, 2]
+    assert logits_BV.shape == (3, network.vocabulary)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("execution", ["graph", "fused-graph"])
-def test_graphs_are_the_plain_steps(execution: str) -> None:
+@torch.inference_mode()
+def test_recorded_kernels_are_their_step() -> None:
+    """To the bit, with sequences that join, over several steps: nothing depends on which program comes last."""
+    networks = [Network(make_student().to("cuda", torch.bfloat16), rows=4, length=4) for _ in range(2)]
+    for network in networks:
+        network.states.grow(20)
+    plain, recorded = (by_rows(network) for network in networks)
+    decoder = GraphDecoder(networks[1], recorded)
+    pages = [[1 + row + 4 * place for place in range(4)] for row in range(4)]
+    for rows in (1, 3, 4):
+        for place in range(12):
+            ids, positions = [5 + place + row for row in range(rows)], [place] * rows
+            wanted_BV = plain(
+                torch.tensor(ids, device="cuda"),
+                torch.tensor(positions, device="cuda"),
+                torch.tensor(pages[:rows], device="cuda"),
+            )
+            assert torch.equal(decoder(ids, positions, pages[:rows]), wanted_BV)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["graph", "fused-graph"])
+def test_graphs_are_the_plain_steps(way: str) -> None:
     """In bfloat16, over sequences that join, leave and cross pages: the same tokens."""
     model = make_student().to("cuda", torch.bfloat16)
     plain = Engine(model, rows=2, tokens=1024)
-    graph = Engine(model, rows=2, tokens=1024, execution=execution)  # type: ignore[arg-type]
+    graph = Engine(model, rows=2, tokens=1024, execution=way)  # type: ignore[arg-type]
     wanted, expected = write(plain, 12)
     tokens, states = write(graph, 12)
     assert tokens == wanted

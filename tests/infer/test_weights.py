@@ -91,7 +91,7 @@ def test_logits_are_near_and_only_linear_maps_change(
     assert 1e-4 < error < bound
     assert f"{kept}: " in caplog.text and "linear maps quantised" in caplog.text
     assert engine.memory()["weights"] < whole.memory()["weights"]
-    model, before = engine._network._model, dict(build().named_parameters())
+    model, before = engine._network.model, dict(build().named_parameters())
     changed = {
         name for name, parameter in model.named_parameters() if hasattr(parameter, "__tensor_flatten__")
     }

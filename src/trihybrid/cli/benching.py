@@ -24,7 +24,7 @@ def bench(
         list[int] | None, typer.Option(help="Sequences at a time; repeat it. 1 and 4 if not given.", min=1)
     ] = None,
     execution: Annotated[
-        str, typer.Option(help="How a step runs: eager, compiled (CPU), graph or fused-graph (GPU).")
+        str, typer.Option(help="How a step runs: eager, compiled (CPU), graph, fused-graph or kernels (GPU).")
     ] = "eager",
     weights: WeightsName = "full",
     device: Annotated[str, typer.Option(help="As torch names it: cpu, cuda.")] = "cpu",

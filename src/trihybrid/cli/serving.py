@@ -42,7 +42,7 @@ def serve(
     ] = 1024,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     execution: Annotated[
-        str, typer.Option(help="How a step runs: eager, compiled (CPU), graph or fused-graph (GPU).")
+        str, typer.Option(help="How a step runs: eager, compiled (CPU), graph, fused-graph or kernels (GPU).")
     ] = "eager",
     weights: WeightsName = "full",
     threads: Annotated[

@@ -43,7 +43,7 @@ class Engine:
             others advance.
         execution: how a decoding step runs: `eager` launches operator by operator; on a CPU `compiled` is a program of
             torch.compile, which takes a while at the start; on a GPU `graph` replays a CUDA graph, `fused-graph` one
-            whose small operators torch.compile has fused.
+            whose small operators torch.compile has fused, `kernels` one of our kernels for few sequences.
         weights: how the linear maps are kept: `full`, or quantised to `int8` or `int4`, see `infer.weights`.
 
     Attributes:

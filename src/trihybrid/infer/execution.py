@@ -1,22 +1,25 @@
-"""How a decoding step runs: operator by operator, compiled, or as a CUDA graph, plain or with fused parts.
+"""How a decoding step runs: operator by operator, compiled, or as a CUDA graph: plain, with fused parts, of kernels.
 
-What differs is how the tensors of a step reach `Network.decode`, and nothing else. On a CPU a small model is bound by
-what every operator costs beside its sums; compiled, a step is one call. Compiling takes a minute or so for six small
-layers, and again when several sequences first decode together; tables of any width are one program, and a later process
-finds it in torch's folder. A graph is recorded the first time that so many sequences with tables so wide meet, a second
-or so; tables widen by doubling. It names the pages by their addresses, so it is recorded anew when the store has grown.
+What differs is how the tensors of a step reach `Network.decode`, or a `KernelStep` in its place. On a CPU a small
+model is bound by what every operator costs beside its sums; compiled, a step is one call. Compiling takes a minute or
+so for six small layers, and again when several sequences first decode together; tables of any width are one program,
+and a later process finds it in torch's folder. A graph is recorded the first time that so many sequences with tables
+so wide meet, a second or so; tables widen by doubling. It names the pages by their addresses, so it is recorded anew
+when the store has grown.
 
 Legend: B sequences, M pages in a table, V vocabulary.
 """
 
 import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from trihybrid.infer.kernels import KernelStep, refusal
 from trihybrid.infer.network import Network
 from trihybrid.infer.network.parts import Fusion
 
@@ -32,7 +35,15 @@ COMPILING: dict[str, Any] = {
 for six layers, is optimised like a kernel, which takes most of the time and makes nothing faster; and without the
 function each kernel is a source that reads all headers. Two sources are compiled sooner than headers for them."""
 
-Execution = Literal["eager", "graph", "compiled", "fused-graph"]
+Execution = Literal["eager", "graph", "compiled", "fused-graph", "kernels"]
+EXECUTIONS = ("eager", "compiled", "graph", "fused-graph", "kernels")
+
+KERNEL_ROWS = 8
+"""Sequences up to which the kernels take a step, at most `decode_product.MOST_ROWS`; with more, matrix products of
+torch are faster, in the form of `fused-graph`."""
+
+Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`Network.decode` but for what stands between its products."""
 
 
 class Decoder(Protocol):
@@ -96,11 +107,11 @@ class GraphDecoder:
 
     Args:
         network: on a CUDA device.
-        fusion: what stands between the matrix products.
+        decode: its step.
     """
 
-    def __init__(self, network: Network, fusion: Fusion) -> None:
-        self._network, self._fusion = network, fusion
+    def __init__(self, network: Network, decode: Decode) -> None:
+        self._network, self._decode = network, decode
         self._recorded: dict[tuple[int, int], _Recorded] = {}
         self._capacity = 0
         self._known: list[list[int]] = []
@@ -114,7 +125,7 @@ class GraphDecoder:
         needed = max(position // states.length for position in positions) + 1
         key = len(ids), 1 << (needed - 1).bit_length()
         if key not in self._recorded:
-            self._recorded[key] = _Recorded(self._network, *key, self._fusion)
+            self._recorded[key] = _Recorded(self._network, *key, self._decode)
             logger.info("recorded a decoding step of %d sequences and up to %d pages", *key)
         recorded = self._recorded[key]
         # The lists are held, so that no other can take the place of one.
@@ -130,7 +141,7 @@ class GraphDecoder:
 class _Recorded:
     """A step of B sequences over tables of M pages, with the tensors that it reads and writes."""
 
-    def __init__(self, network: Network, batch: int, width: int, fusion: Fusion) -> None:
+    def __init__(self, network: Network, batch: int, width: int, decode: Decode) -> None:
         device = network.device
         self.tokens_2B = torch.zeros(2, batch, dtype=torch.int64, device=device)
         self.table_BM = torch.zeros(batch, width, dtype=torch.int64, device=device)
@@ -141,11 +152,11 @@ class _Recorded:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(3):
-                network.decode(ids_B, positions_B, self.table_BM, fusion)
+                decode(ids_B, positions_B, self.table_BM)
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.logits_BV = network.decode(ids_B, positions_B, self.table_BM, fusion)
+            self.logits_BV = decode(ids_B, positions_B, self.table_BM)
         for row, tensors in enumerate(kept):
             network.states.write_row(row, tensors)
 
@@ -163,8 +174,9 @@ def make_decoder(network: Network, execution: Execution) -> Decoder:
     """
     if execution == "eager":
         return EagerDecoder(network)
-    if execution not in ("compiled", "graph", "fused-graph"):
-        raise ValueError(f'execution is "{execution}"; choose eager, compiled, graph or fused-graph')
+    if execution not in EXECUTIONS:
+        names = f"{', '.join(EXECUTIONS[:-1])} or {EXECUTIONS[-1]}"
+        raise ValueError(f'execution is "{execution}"; choose {names}')
     if network.has_experts:
         raise ValueError(
             f'execution is "{execution}"; tokens of a model with experts choose theirs, in shapes that '
@@ -173,8 +185,8 @@ def make_decoder(network: Network, execution: Execution) -> Decoder:
     if execution == "compiled":
         if network.device.type != "cpu":
             raise ValueError(
-                f'execution is "compiled" and the model is on {network.device}; it is for a CPU: choose graph or '
-                "fused-graph"
+                f'execution is "compiled" and the model is on {network.device}; it is for a CPU: choose graph, '
+                "fused-graph or kernels"
             )
         return CompiledDecoder(network)
     if network.device.type != "cuda":
@@ -182,4 +194,30 @@ def make_decoder(network: Network, execution: Execution) -> Decoder:
             f'execution is "{execution}" and the model is on {network.device}; CUDA graphs need a CUDA device: move '
             "the model there, or choose eager"
         )
-    return GraphDecoder(network, Fusion() if execution == "graph" else Fusion.compiled())
+    if execution == "kernels":
+        return GraphDecoder(network, by_rows(network))
+    fusion = Fusion() if execution == "graph" else Fusion.compiled()
+    return GraphDecoder(network, partial(network.decode, fusion=fusion))
+
+
+def by_rows(network: Network) -> Decode:
+    """The kernels for up to KERNEL_ROWS sequences, and what `fused-graph` runs for more.
+
+    Raises:
+        ValueError: a model that the kernels do not take, with the reason.
+    """
+    reason = refusal(network)
+    if network.dtype not in (torch.bfloat16, torch.float16):
+        reason = f"its weights are {network.dtype}; torch.bfloat16 and torch.float16 are taken"
+    if reason is not None:
+        raise ValueError(
+            f'execution is "kernels", which this model cannot have: {reason}; choose fused-graph'
+        )
+    step, fusion = KernelStep(network), Fusion.compiled()
+
+    def decode(ids_B: Tensor, positions_B: Tensor, table_BM: Tensor) -> Tensor:
+        if len(ids_B) <= KERNEL_ROWS:
+            return step(ids_B, positions_B, table_BM)
+        return network.decode(ids_B, positions_B, table_BM, fusion)
+
+    return decode

@@ -40,44 +40,50 @@ class RetainedAttention:
         sizes, body: of the layer and the whole, from the anatomy.
         store: its keys and values.
         rotary: its rotation; None for attention without positions.
+
+    Attributes:
+        module, store, rotary: as given.
+        layer_type, width, scale: transformers' name of its kind, N, and the factor on scores.
+        inputs: the projections that it has, as one.
+        q_norm, k_norm, v_norm: None where it has none.
     """
 
     def __init__(
         self, module: Any, sizes: Attention, body: Anatomy, store: Store, rotary: Rotary | None
     ) -> None:
-        self._module, self._store, self._rotary = module, store, rotary
-        self._layer_type, self._width, self._scale = sizes.layer_type, sizes.head_dim, body.score_scale
+        self.module, self.store, self.rotary = module, store, rotary
+        self.layer_type, self.width, self.scale = sizes.layer_type, sizes.head_dim, body.score_scale
         names = ["q_proj", *(("k_proj", "v_proj") if store.own else ())]
-        self._inputs = Joined(
+        self.inputs = Joined(
             [getattr(module, name) for name in names if getattr(module, name, None) is not None]
         )
         plus_one = body.norm == "one_plus_weight"
         normed = body.norm != "none"
-        self._q_norm = Norm(module.q_norm, plus_one) if normed else None
-        self._k_norm = Norm(module.k_norm, plus_one) if normed and store.own else None
-        self._v_norm = Norm(module.v_norm, plus_one) if body.value_norm and store.own else None
+        self.q_norm = Norm(module.q_norm, plus_one) if normed else None
+        self.k_norm = Norm(module.k_norm, plus_one) if normed and store.own else None
+        self.v_norm = Norm(module.v_norm, plus_one) if body.value_norm and store.own else None
 
     def __call__(self, x_BTD: Tensor, place: Place) -> Tensor:
-        parts = [part.unflatten(-1, (-1, self._width)) for part in self._inputs(x_BTD)]
-        q_BTHN = self._placed(parts[0], self._q_norm, place)
+        parts = [part.unflatten(-1, (-1, self.width)) for part in self.inputs(x_BTD)]
+        q_BTHN = self._placed(parts[0], self.q_norm, place)
         new = None
-        if self._store.own:
+        if self.store.own:
             # Where values have no projection, the last part is that of the keys.
             v_BTGN = parts[-1]
-            if self._v_norm is not None:
-                v_BTGN = place.fusion.normed(v_BTGN, self._v_norm.weight, self._v_norm.epsilon)
-            new = self._placed(parts[1], self._k_norm, place), v_BTGN
-        attend = place.window if self._store.ring else place.whole
-        return self._module.o_proj(attend(self._store.stored, q_BTHN, new, self._scale).flatten(-2))
+            if self.v_norm is not None:
+                v_BTGN = place.fusion.normed(v_BTGN, self.v_norm.weight, self.v_norm.epsilon)
+            new = self._placed(parts[1], self.k_norm, place), v_BTGN
+        attend = place.window if self.store.ring else place.whole
+        return self.module.o_proj(attend(self.store.stored, q_BTHN, new, self.scale).flatten(-2))
 
     def _placed(self, x_BTHN: Tensor, norm: Norm | None, place: Place) -> Tensor:
         weight, epsilon = (None, 0.0) if norm is None else (norm.weight, norm.epsilon)
         return place.fusion.placed(x_BTHN, weight, epsilon, self._table(x_BTHN, place))
 
     def _table(self, x_BTHN: Tensor, place: Place) -> Table | None:
-        if self._rotary is None:
+        if self.rotary is None:
             return None
-        if self._layer_type not in place.rotary:
-            table = self._rotary.table(place.span.positions_BT, x_BTHN.dtype)
-            place.rotary[self._layer_type] = table
-        return place.rotary[self._layer_type]
+        if self.layer_type not in place.rotary:
+            table = self.rotary.table(place.span.positions_BT, x_BTHN.dtype)
+            place.rotary[self.layer_type] = table
+        return place.rotary[self.layer_type]

@@ -27,14 +27,20 @@ class PerLayerInputs:
 
     def __call__(self, ids_BT: Tensor, x_BTD: Tensor, first: int, last: int) -> list[Tensor]:
         """Inputs [B, T, P] of layers `first` to `last` - 1, from ids and their embeddings."""
-        decoder = self._decoder
         part = slice(first * self._width, last * self._width)
+        context_BTC = linear(x_BTD, self.projection[part])
+        return list(self.combined(ids_BT, context_BTC, first, last).unbind(2))
+
+    @property
+    def projection(self) -> Tensor:
+        """W of all layers, [L P, D]."""
+        return self._decoder.per_layer_model_projection.weight
+
+    def combined(self, ids_BT: Tensor, context_BTC: Tensor, first: int, last: int) -> Tensor:
+        """Inputs [B, T, L, P] of layers `first` to `last` - 1, from ids and W e of these layers."""
+        decoder = self._decoder
+        part, shape = slice(first * self._width, last * self._width), (last - first, self._width)
         table = decoder.embed_tokens_per_layer
-        rows_BTC = table.weight[:, part][ids_BT] * table.embed_scale.to(x_BTD.dtype)
-        context_BTC = linear(x_BTD, decoder.per_layer_model_projection.weight[part])
-        shape = (last - first, self._width)
+        rows_BTC = table.weight[:, part][ids_BT] * table.embed_scale.to(context_BTC.dtype)
         context_BTLP = (context_BTC * decoder.per_layer_model_projection_scale).unflatten(-1, shape)
-        inputs_BTLP = (
-            self._norm(context_BTLP) + rows_BTC.unflatten(-1, shape)
-        ) * decoder.per_layer_input_scale
-        return list(inputs_BTLP.unbind(2))
+        return (self._norm(context_BTLP) + rows_BTC.unflatten(-1, shape)) * decoder.per_layer_input_scale

@@ -28,41 +28,49 @@ class Layer:
         mix: what stands between its first norm and the residual stream.
         body: the family's anatomy.
         activations: type of an activation -> the first of that type, so that all layers call the same.
+
+    Attributes:
+        module, mix: as given.
+        norms: all norms of the module by name.
+        mixed: the one behind the mixers, or None.
+        opening: gate and up of a dense MLP as one.
+        per_layer: whether the layer has a per-layer input.
+        scalar: [1], or None.
     """
 
     def __init__(self, module: Any, mix: Mix, body: Anatomy, activations: dict[type, Any]) -> None:
-        self._module, self._mix = module, mix
-        self._norms = {
+        self.module, self.mix = module, mix
+        self.norms = {
             name: Norm(child, body.norm == "one_plus_weight")
             for name, child in module.named_children()
             if "norm" in name
         }
-        self._mixed = None if body.post_norm is None else self._norms[body.post_norm]
-        self._inner = "pre_feedforward_layernorm" in self._norms
+        self.mixed = None if body.post_norm is None else self.norms[body.post_norm]
+        self._inner = "pre_feedforward_layernorm" in self.norms
         self._experts = getattr(module, "experts", None) is not None
-        self._per_layer = hasattr(module, "per_layer_input_gate")
-        self._scalar: Tensor | None = getattr(module, "layer_scalar", None)
+        self.per_layer = hasattr(module, "per_layer_input_gate")
+        self.scalar: Tensor | None = getattr(module, "layer_scalar", None)
         self._dense = hasattr(module.mlp, "gate_proj")
         if self._dense:
-            self._opening = Joined([module.mlp.gate_proj, module.mlp.up_proj])
+            self.opening = Joined([module.mlp.gate_proj, module.mlp.up_proj])
             act = module.mlp.act_fn
             self._activation = activations.setdefault(type(act), act)
 
     def __call__(self, x_BTD: Tensor, place: Place, input_BTP: Tensor | None) -> Tensor:
-        y_BTD = self._mix(self._normed("input_layernorm", x_BTD, place), place)
-        x_BTD = _added(x_BTD, y_BTD, self._mixed, place)
+        y_BTD = self.mix(self._normed("input_layernorm", x_BTD, place), place)
+        x_BTD = _added(x_BTD, y_BTD, self.mixed, place)
         x_BTD = self._feed_forward(x_BTD, place)
-        module = self._module
-        if self._per_layer:
+        module = self.module
+        if self.per_layer:
             assert input_BTP is not None
             gate_BTP = place.fusion.gated(module.per_layer_input_gate(x_BTD), input_BTP, self._activation)
             y_BTD = module.per_layer_projection(gate_BTP)
-            x_BTD = _added(x_BTD, y_BTD, self._norms["post_per_layer_input_norm"], place)
-        return x_BTD if self._scalar is None else x_BTD * self._scalar
+            x_BTD = _added(x_BTD, y_BTD, self.norms["post_per_layer_input_norm"], place)
+        return x_BTD if self.scalar is None else x_BTD * self.scalar
 
     def _feed_forward(self, x_BTD: Tensor, place: Place) -> Tensor:
         """The stream behind the MLP or the experts."""
-        module, norms = self._module, self._norms
+        module, norms = self.module, self.norms
         if not self._inner:
             y_BTD = self._mlp(self._normed("post_attention_layernorm", x_BTD, place), place)
             return x_BTD + y_BTD
@@ -77,14 +85,14 @@ class Layer:
         return _added(x_BTD, y_BTD, norms["post_feedforward_layernorm"], place)
 
     def _mlp(self, x_BTD: Tensor, place: Place) -> Tensor:
-        mlp = self._module.mlp
+        mlp = self.module.mlp
         if not self._dense:
             return mlp(x_BTD)
-        gate, up = self._opening(x_BTD)
+        gate, up = self.opening(x_BTD)
         return mlp.down_proj(place.fusion.gated(gate, up, self._activation))
 
     def _normed(self, name: str, x_BTD: Tensor, place: Place) -> Tensor:
-        norm = self._norms[name]
+        norm = self.norms[name]
         return place.fusion.normed(x_BTD, norm.weight, norm.epsilon)
 
 

@@ -44,6 +44,8 @@ class Network:
         media: id -> name of tokens that are no text.
         positions: max_position_embeddings; None where the configuration has none.
         below: layers that every token of a prompt passes; the others store nothing.
+        model, decoder, body: the model, its text decoder, and the family's anatomy.
+        layers, norm, per_layer: our form of the layers, of the last norm, and of per-layer inputs where there are any.
 
     Raises:
         ValueError: a model type that `models.anatomy` does not know, or rotations that depend on the length.
@@ -52,47 +54,47 @@ class Network:
     def __init__(
         self, model: PreTrainedModel, rows: int, length: int, tokens: int = 0, weights: Weights = "full"
     ) -> None:
-        self._model: Any = model
-        self._decoder: Any = model.model
+        self.model: Any = model
+        self.decoder: Any = model.model
         student = isinstance(model, HybridForCausalLM)
-        self._body = anatomy(self._decoder.base if student else model.config)
+        self.body = anatomy(self.decoder.base if student else model.config)
         self._nope = student and model.config.nope
-        self._slots = model.config.slot_list() if student else [Slot((kind,)) for kind in self._body.kinds]
-        self.device, self.dtype = model.device, self._decoder.embed_tokens.weight.dtype
+        self._slots = model.config.slot_list() if student else [Slot((kind,)) for kind in self.body.kinds]
+        self.device, self.dtype = model.device, self.decoder.embed_tokens.weight.dtype
         self.media = media_tokens(model.config)
         self.positions: int | None = getattr(model.config, "max_position_embeddings", None)
-        self.vocabulary: int = self._decoder.embed_tokens.weight.shape[0]
+        self.vocabulary: int = self.decoder.embed_tokens.weight.shape[0]
         if student:
-            _narrow(self._decoder, self.dtype)
-        quantise(self._decoder.layers, weights)
+            _narrow(self.decoder, self.dtype)
+        quantise(self.decoder.layers, weights)
         self.states = States(self._shapes(), rows, length, self.dtype, self.device, tokens)
         storing = [shape.layer for shape in self.states.shapes]
         self.below = max(storing) + 1
-        self._norm = Norm(self._decoder.norm, self._body.norm == "one_plus_weight")
-        self._per_layer = None
-        if getattr(self._decoder, "hidden_size_per_layer_input", 0):
-            self._per_layer = PerLayerInputs(self._decoder)
+        self.norm = Norm(self.decoder.norm, self.body.norm == "one_plus_weight")
+        self.per_layer = None
+        if getattr(self.decoder, "hidden_size_per_layer_input", 0):
+            self.per_layer = PerLayerInputs(self.decoder)
         rotary = {
-            attention.layer_type: Rotary(self._decoder.rotary_emb, attention.layer_type)
-            for attention, slot in zip(self._body.attentions, self._slots, strict=True)
+            attention.layer_type: Rotary(self.decoder.rotary_emb, attention.layer_type)
+            for attention, slot in zip(self.body.attentions, self._slots, strict=True)
             if not slot.converted and not self._nope
         }
         activations: dict[type, Any] = {}
-        self._layers = [
-            Layer(module, self._mix(index, module.self_attn, rotary), self._body, activations)
-            for index, module in enumerate(self._decoder.layers)
+        self.layers = [
+            Layer(module, self._mix(index, module.self_attn, rotary), self.body, activations)
+            for index, module in enumerate(self.decoder.layers)
         ]
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all parameters and buffers, each once."""
-        seen = {id(t): t for t in (*self._model.parameters(), *self._model.buffers())}
+        seen = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
         return sum(tensor_bytes(t) for t in seen.values())
 
     @property
     def has_experts(self) -> bool:
         """Whether tokens choose experts, whose shapes depend on the choice."""
-        return self._body.experts is not None
+        return self.body.experts is not None
 
     def prefill(
         self, tokens: list[int], row: int, start: int, pages: list[int], logits: bool
@@ -108,14 +110,14 @@ class Network:
         """
         ids_BT = torch.tensor([tokens], dtype=torch.int64, device=self.device)
         chunk = Chunk(row, start, len(tokens), pages, self.states.length, self.device)
-        x_BTD = self._decoder.embed_tokens(ids_BT)
+        x_BTD = self.decoder.embed_tokens(ids_BT)
         embedded_B1D = x_BTD[:, -1:]
         x_BTD = self._run(ids_BT, x_BTD, x_BTD, chunk, 0, self.below)
         if not logits:
             return None
         x_B1D = x_BTD[:, -1:]
-        if self.below < len(self._layers):
-            last = (self.below, len(self._layers))
+        if self.below < len(self.layers):
+            last = (self.below, len(self.layers))
             x_B1D = self._run(ids_BT[:, -1:], embedded_B1D, x_B1D, chunk.last(), *last)
         return self._head(x_B1D)[0]
 
@@ -133,50 +135,50 @@ class Network:
         """
         turn = Turn(0, positions_B[:, None], table_BM, self.states.length, fusion)
         ids_B1 = ids_B[:, None]
-        x_B1D = self._decoder.embed_tokens(ids_B1)
-        return self._head(self._run(ids_B1, x_B1D, x_B1D, turn, 0, len(self._layers)))
+        x_B1D = self.decoder.embed_tokens(ids_B1)
+        return self._head(self._run(ids_B1, x_B1D, x_B1D, turn, 0, len(self.layers)))
 
     def _run(
         self, ids_BT: Tensor, embedded_BTD: Tensor, x_BTD: Tensor, place: Place, first: int, last: int
     ) -> Tensor:
         inputs: list[Tensor] | list[None] = [None] * (last - first)
-        if self._per_layer is not None:
-            inputs = self._per_layer(ids_BT, embedded_BTD, first, last)
-        for layer, input_BTP in zip(self._layers[first:last], inputs, strict=True):
+        if self.per_layer is not None:
+            inputs = self.per_layer(ids_BT, embedded_BTD, first, last)
+        for layer, input_BTP in zip(self.layers[first:last], inputs, strict=True):
             x_BTD = layer(x_BTD, place, input_BTP)
         return x_BTD
 
     def _head(self, x_B1D: Tensor) -> Tensor:
-        raw_BV = self._model.lm_head(self._norm(x_B1D))[:, 0]
-        return softcap(raw_BV if raw_BV.dtype == torch.float64 else raw_BV.float(), self._body.softcap)
+        raw_BV = self.model.lm_head(self.norm(x_B1D))[:, 0]
+        return softcap(raw_BV if raw_BV.dtype == torch.float64 else raw_BV.float(), self.body.softcap)
 
     def _shapes(self) -> list[StateShape]:
         shapes = []
-        for index, (slot, attention) in enumerate(zip(self._slots, self._body.attentions, strict=True)):
+        for index, (slot, attention) in enumerate(zip(self._slots, self.body.attentions, strict=True)):
             if not slot.converted and attention.owner == index:
                 sizes = attention.kv_heads, attention.head_dim
                 if slot.mixers == ("sliding",):
-                    window = slot.window or self._body.window
+                    window = slot.window or self.body.window
                     assert window is not None
                     shapes.append(StateShape(index, "ring", *sizes, window))
                 else:
                     shapes.append(StateShape(index, "pages", *sizes))
             if "rwkv7" in slot.mixers:
-                options = self._model.config.rwkv7_options()
+                options = self.model.config.rwkv7_options()
                 shapes.append(StateShape(index, "matrix", options.heads, options.head_dim))
             if "tica" in slot.mixers and "tica" not in slot.donors:
-                tica = self._model.config.tica_options()
+                tica = self.model.config.tica_options()
                 shapes.append(StateShape(index, "pages", tica.kv_heads, tica.head_dim))
         return shapes
 
     def _mix(self, index: int, module: Any, rotary: dict[str, Rotary]) -> Mix:
-        slot, attention = self._slots[index], self._body.attentions[index]
+        slot, attention = self._slots[index], self.body.attentions[index]
         if not slot.converted:
             ring = slot.mixers == ("sliding",)
             stored = (self.states.rings if ring else self.states.pages)[attention.owner]
             store = Store(stored, ring, attention.owner == index)
             turning = None if self._nope else rotary[attention.layer_type]
-            return RetainedAttention(module, attention, self._body, store, turning)
+            return RetainedAttention(module, attention, self.body, store, turning)
         tica = getattr(module, "tica", None)
         shared: Store | None = None
         if tica is not None:

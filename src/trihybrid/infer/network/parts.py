@@ -119,6 +119,15 @@ class Joined:
         for module, part in zip(modules, self._weight.split(self._sizes), strict=True):
             module.weight = nn.Parameter(part, requires_grad=False)
 
+    @property
+    def weight(self) -> Tensor:
+        """Of the single product, or of the only map. ValueError where several maps are left as they are."""
+        if self._weight is not None:
+            return self._weight
+        if len(self._modules) > 1:
+            raise ValueError("maps of other kinds than nn.Linear have no weight in common")
+        return self._modules[0].weight
+
     def __call__(self, x: Tensor) -> list[Tensor]:
         if self._weight is None:
             return [module(x) for module in self._modules]

@@ -1,0 +1,253 @@
+"""The kernels of `decode_product`.
+
+Each program works on blocks of outputs and all rows. Those of a stream's product all make the product's input anew,
+which is cheap beside their part of the weights, and the first one writes the stream; a program's first weights are on
+their way before the former kernel has ended.
+
+All tiles have two axes, the second one that of the inputs, so that weights are summed in the registers into which they
+were loaded.
+
+Legend: R rows, COUNT of them, rounded up to ROWS; D width of the stream, rounded up to WIDE; O outputs of a block; I
+inputs of a step; C channels of a block; K ranks, rounded up to RANKS.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trihybrid.ops.decode_product import Before, Finish
+from trihybrid.ops.decode_product.sizes import RAISED, normed_sizes, product_sizes
+from trihybrid.ops.early import admit_next, await_former, early
+
+NONE, GATED, TIMES, RANKED, LOGITS = (tl.constexpr(code) for code in range(5))
+KINDS = {"none": 0, "gated": 1, "times": 2, "ranks": 3, "logits": 4}
+MOST_GROUPS = 4
+
+
+def launch_product(x_BI: Tensor, weight_OI: Tensor) -> Tensor:
+    """As `decode_product.product`."""
+    rows, inputs = x_BI.shape
+    outputs = weight_OI.shape[0]
+    o_BO = torch.empty((rows, outputs), dtype=x_BI.dtype, device=x_BI.device)
+    padded, soon = triton.next_power_of_2(rows), early(x_BI.device)
+    sizes = product_sizes(padded, inputs)
+    step = min(sizes.step, triton.next_power_of_2(inputs))
+    _product[(triton.cdiv(outputs, sizes.block),)](
+        x_BI, weight_OI, o_BO, inputs, outputs, x_BI.stride(0), weight_OI.stride(0),
+        COUNT=rows, ROWS=padded, BLOCK=sizes.block, STEP=step, EARLY=soon,
+        num_warps=sizes.warps, launch_pdl=soon,
+    )  # fmt: skip
+    return o_BO
+
+
+def launch_normed(x_BD: Tensor, weight_OD: Tensor, before: Before, finish: Finish) -> tuple[Tensor, Tensor]:
+    """As `decode_product.normed_product`."""
+    (rows, width), outputs = x_BD.shape, weight_OD.shape[0]
+    if finish.kind == "gated":
+        outputs //= 2
+    half_OD = weight_OD[outputs:] if finish.kind == "gated" else weight_OD
+    # What is not there is never read; something has to stand in its place.
+    y_BD, scalar, other_BO = before.y_BD, before.scalar, finish.other_BO
+    y_weight = None if before.y_gain is None else before.y_gain.weight
+    x_weight = None if before.gain is None else before.gain.weight
+    after_BD = torch.empty_like(x_BD) if y_BD is not None or scalar is not None else x_BD
+    kind = torch.float32 if finish.kind == "logits" else x_BD.dtype
+    o_BO = torch.empty((rows, outputs), dtype=kind, device=x_BD.device)
+    padded, soon = triton.next_power_of_2(rows), early(x_BD.device)
+    sizes = normed_sizes(padded, outputs, finish.kind)
+    processors = torch.cuda.get_device_properties(x_BD.device).multi_processor_count
+    programs = min(triton.cdiv(outputs, sizes.block), sizes.programs * processors)
+    _normed[(programs,)](
+        x_BD, *(x_BD if part is None else part for part in (y_BD, y_weight, scalar, x_weight)), weight_OD,
+        half_OD, x_BD if other_BO is None else other_BO, after_BD, o_BO, width, outputs,
+        before.y_gain.epsilon if before.y_gain else 0.0, before.gain.epsilon if before.gain else 0.0,
+        finish.cap or 0.0, 0 if other_BO is None else other_BO.stride(0), *finish.borders,
+        ADDED=y_BD is not None, Y_NORMED=before.y_gain is not None, Y_WEIGHT=y_weight is not None,
+        SCALED=scalar is not None, NORMED=before.gain is not None, WEIGHT=x_weight is not None,
+        KIND=KINDS[finish.kind], SILU=finish.activation == "silu", CAPPED=finish.cap is not None,
+        COUNT=rows, ROWS=padded, WIDE=triton.next_power_of_2(width), BLOCK=sizes.block, EARLY=soon,
+        num_warps=sizes.warps, launch_pdl=soon,
+    )  # fmt: skip
+    return after_BD, o_BO
+
+
+def launch_raised(x_BP: Tensor, first: int, weights: Sequence[Tensor]) -> Tensor:
+    """As `decode_product.raised`."""
+    assert 1 <= len(weights) <= MOST_GROUPS
+    rows = x_BP.shape[0]
+    shapes = [tuple(weight.shape) for weight in weights]
+    channels, block = sum(shape[1] for shape in shapes), RAISED.block
+    o_BC = torch.empty((rows, channels), dtype=x_BP.dtype, device=x_BP.device)
+    shapes += [(0, 0)] * (MOST_GROUPS - len(shapes))
+    blocks = sum(triton.cdiv(shape[1], block) for shape in shapes)
+    soon = early(x_BP.device)
+    _raised[(blocks,)](
+        x_BP, weights[0], o_BC, x_BP.stride(0), first, channels, *(size for shape in shapes for size in shape),
+        COUNT=rows, RANKS=triton.next_power_of_2(max(shape[0] for shape in shapes)),
+        BLOCK=block, EARLY=soon, num_warps=RAISED.warps, launch_pdl=soon,
+    )  # fmt: skip
+    return o_BC
+
+
+@triton.jit
+def _product(
+    x, weight, o, inputs, outputs, x_b, weight_o, COUNT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    step_1I, row_R = tl.arange(0, STEP)[None, :], tl.arange(0, ROWS)
+    wide_O = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    in_O1 = (wide_O < outputs)[:, None]
+    weight_OI = weight + wide_O.to(tl.int64)[:, None] * weight_o + step_1I
+    next_OI = tl.load(weight_OI, mask=in_O1 & (step_1I < inputs), other=0.0)
+    admit_next(EARLY)
+    await_former(EARLY)
+    # A row alone is summed over the steps first and over the inputs of a step at the end.
+    sum_OI = tl.zeros((BLOCK, STEP), tl.float32)
+    o_RO = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, inputs, STEP):
+        w_OI = next_OI.to(tl.float32)
+        next_1I = start + STEP + step_1I
+        next_OI = tl.load(weight_OI + start + STEP, mask=in_O1 & (next_1I < inputs), other=0.0)
+        at_1I = start + step_1I
+        for row in tl.static_range(COUNT):
+            x_1I = tl.load(x + row * x_b + at_1I, mask=at_1I < inputs, other=0.0)
+            if ROWS == 1:
+                sum_OI += w_OI * x_1I.to(tl.float32)
+            else:
+                o_O = tl.sum(w_OI * x_1I.to(tl.float32), 1)
+                o_RO += tl.where((row_R == row)[:, None], o_O[None, :], 0.0)
+    if ROWS == 1:
+        o_RO += tl.sum(sum_OI, 1)[None, :]
+    at_RO = row_R[:, None] * outputs + wide_O[None, :]
+    in_RO = (row_R < COUNT)[:, None] & (wide_O < outputs)[None, :]
+    tl.store(o + at_RO, o_RO.to(o.dtype.element_ty), mask=in_RO)
+
+
+@triton.jit
+def _normed(
+    x, y, y_weight, scalar, x_weight, weight, half, other, after, o, width, outputs, y_epsilon, x_epsilon,
+    cap, other_b, tanh_from, sigmoid_from,
+    ADDED: tl.constexpr, Y_NORMED: tl.constexpr, Y_WEIGHT: tl.constexpr, SCALED: tl.constexpr, NORMED: tl.constexpr,
+    WEIGHT: tl.constexpr, KIND: tl.constexpr, SILU: tl.constexpr, CAPPED: tl.constexpr, COUNT: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    row_R, wide_1D, block_O = tl.arange(0, ROWS), tl.arange(0, WIDE)[None, :], tl.arange(0, BLOCK)
+    in_1D = wide_1D < width
+    at_RD = row_R[:, None] * width + wide_1D
+    in_RD = (row_R < COUNT)[:, None] & in_1D
+    first = tl.program_id(0) * BLOCK
+    next_OD = _tile(weight, first, outputs, width, block_O, wide_1D, in_1D)
+    if KIND == GATED:
+        next_up_OD = _tile(half, first, outputs, width, block_O, wide_1D, in_1D)
+    if Y_WEIGHT:
+        y_weight_1D = tl.load(y_weight + wide_1D, mask=in_1D, other=0.0).to(tl.float32)
+    if WEIGHT:
+        x_weight_1D = tl.load(x_weight + wide_1D, mask=in_1D, other=0.0).to(tl.float32)
+    if SCALED:
+        factor = tl.load(scalar).to(tl.float32)
+    admit_next(EARLY)
+    await_former(EARLY)
+    x_RD = tl.load(x + at_RD, mask=in_RD, other=0.0).to(tl.float32)
+    if ADDED:
+        y_RD = tl.load(y + at_RD, mask=in_RD, other=0.0).to(tl.float32)
+        if Y_NORMED:
+            y_RD *= tl.rsqrt(tl.sum(y_RD * y_RD, 1) / width + y_epsilon)[:, None]
+        if Y_WEIGHT:
+            y_RD *= y_weight_1D
+        x_RD += y_RD
+    if SCALED:
+        x_RD *= factor
+    if ADDED or SCALED:  # noqa: SIM102
+        if tl.program_id(0) == 0:
+            tl.store(after + at_RD, x_RD.to(after.dtype.element_ty), mask=in_RD)
+    if NORMED:
+        x_RD *= tl.rsqrt(tl.sum(x_RD * x_RD, 1) / width + x_epsilon)[:, None]
+    if WEIGHT:
+        x_RD *= x_weight_1D
+    stride = tl.num_programs(0) * BLOCK
+    for start in range(first, outputs, stride):
+        wide_O = start + block_O
+        w_OD = next_OD.to(tl.float32)
+        next_OD = _tile(weight, start + stride, outputs, width, block_O, wide_1D, in_1D)
+        if KIND == GATED:
+            up_OD = next_up_OD.to(tl.float32)
+            next_up_OD = _tile(half, start + stride, outputs, width, block_O, wide_1D, in_1D)
+        for row in tl.static_range(COUNT):
+            x_1D = x_RD
+            if ROWS > 1:
+                x_1D = tl.sum(tl.where((row_R == row)[:, None], x_RD, 0.0), 0)[None, :]
+            in_O = wide_O < outputs
+            if KIND == TIMES:
+                other_O = tl.load(other + row * other_b + wide_O, mask=in_O, other=0.0).to(tl.float32)
+            o_O = tl.sum(w_OD * x_1D, 1)
+            if KIND == GATED:
+                o_O = _activated(o_O, SILU) * tl.sum(up_OD * x_1D, 1)
+            if KIND == TIMES:
+                o_O = _activated(o_O, SILU) * other_O
+            if KIND == RANKED:
+                is_tanh_O = (wide_O >= tanh_from) & (wide_O < sigmoid_from)
+                o_O = tl.where(is_tanh_O, _tanh(o_O), tl.where(wide_O < tanh_from, o_O, tl.sigmoid(o_O)))
+            if CAPPED:
+                o_O = cap * _tanh(o_O / cap)
+            tl.store(o + row * outputs + wide_O, o_O.to(o.dtype.element_ty), mask=in_O)
+
+
+@triton.jit
+def _tile(weight, start, outputs, width, block_O, wide_1D, in_1D):
+    """Rows of a weight matrix, zeros behind its end."""
+    wide_O = start + block_O
+    at_OD = wide_O.to(tl.int64)[:, None] * width + wide_1D
+    return tl.load(weight + at_OD, mask=(wide_O < outputs)[:, None] & in_1D, other=0.0)
+
+
+@triton.jit
+def _tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit
+def _activated(x, SILU: tl.constexpr):
+    """silu, or gelu in its tanh form: 0.5 x (1 + tanh(u)) = x sigmoid(2 u)."""
+    u = x
+    if not SILU:
+        u = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+    return x * tl.sigmoid(u)
+
+
+@triton.jit
+def _raised(
+    x, weight, o, x_b, first, channels, ranks_0, channels_0, ranks_1, channels_1, ranks_2, channels_2, ranks_3,
+    channels_3, COUNT: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    block, start = tl.program_id(0), 0
+    ranks, own = ranks_0, channels_0
+    # Past the groups before the one that this block is in.
+    blocks = tl.cdiv(channels_0, BLOCK)
+    if block >= blocks:
+        block -= blocks
+        weight += ranks_0 * channels_0
+        first, start, ranks, own = first + ranks_0, start + channels_0, ranks_1, channels_1
+        blocks = tl.cdiv(channels_1, BLOCK)
+        if block >= blocks:
+            block -= blocks
+            weight += ranks_1 * channels_1
+            first, start, ranks, own = first + ranks_1, start + channels_1, ranks_2, channels_2
+            blocks = tl.cdiv(channels_2, BLOCK)
+            if block >= blocks:
+                block -= blocks
+                weight += ranks_2 * channels_2
+                first, start, ranks, own = first + ranks_2, start + channels_2, ranks_3, channels_3
+    rank_K1, wide_C = tl.arange(0, RANKS)[:, None], block * BLOCK + tl.arange(0, BLOCK)
+    in_K1, in_C = rank_K1 < ranks, wide_C < own
+    w_KC = tl.load(weight + rank_K1 * own + wide_C[None, :], mask=in_K1 & in_C[None, :], other=0.0).to(
+        tl.float32
+    )
+    admit_next(EARLY)
+    await_former(EARLY)
+    for row in tl.static_range(COUNT):
+        x_K1 = tl.load(x + row * x_b + first + rank_K1, mask=in_K1, other=0.0)
+        o_C = tl.sum(x_K1.to(tl.float32) * w_KC, 0)
+        tl.store(o + row * channels + start + wide_C, o_C.to(o.dtype.element_ty), mask=in_C)
