@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,12 +42,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Inference at E2B's shape beside its peers.")
     parser.add_argument("--tiny", action="store_true", help="small shapes on the CPU")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--executions", help="some of the ways to decode; all if not given")
     parser.add_argument("--long", action="store_true", help="the long context too")
     parser.add_argument("--only", choices=["long"], help="this measurement alone, in an engine of one row")
     parser.add_argument("--seconds", type=float, default=230.0, help="what does not fit is left out")
     parser.add_argument("--json", type=Path, metavar="FOLDER", help="write inference_e2b.json there")
     given = parser.parse_args()
     scale = TINY if given.tiny else TRUE
+    if given.executions:
+        scale = replace(scale, executions=tuple(given.executions.split(",")))
     run = Run(scale, time.monotonic() + given.seconds, given.json)
     run.note(limits(scale))
     parts = [] if given.only else given.parts.split(",")

@@ -29,6 +29,7 @@ from trihybrid.data import read_documents
 from trihybrid.run import hash_file, read_log
 
 DOCUMENTS = 100
+LAST = 6000  # characters of a failed run that are shown
 MODELS = ("teacher", "operated", "aligned", "matched")
 RECIPE = """
 name: kill-resume
@@ -84,7 +85,7 @@ def disturb(
 ) -> tuple[list[dict[str, Any]], int, list[str]]:
     """The steps of the undisturbed run, the number of runs that were finished, and what differed."""
     began = time.monotonic()
-    finish(start(folder, "whole", ranks))
+    finish(start(folder, "whole", ranks), folder / "whole.output")
     seconds = time.monotonic() - began
     done, runs, differences = 0, 0, []
     while done < kills or runs == 0 or (folder / str(runs)).exists():
@@ -96,7 +97,7 @@ def disturb(
             done += 1
             print(f"{ranks} processes: kill {done} of run {runs}", file=sys.stderr, flush=True)
             continue
-        finish(process)
+        finish(process, folder / f"{runs}.output")
         differences += [f"run {runs}: {found}" for found in compare(folder / str(runs), folder / "whole")]
         shutil.rmtree(folder / str(runs))
         runs += 1
@@ -165,10 +166,11 @@ def state(number: int) -> str:
         return "Z"
 
 
-def finish(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a process that must succeed."""
+def finish(process: subprocess.Popen[bytes], output: Path) -> None:
+    """Wait for a process that must succeed; where it does not, show the end of what it printed."""
     if process.wait() != 0:
-        raise RuntimeError(f"{process.args} ended with exit code {process.returncode}")
+        end = output.read_text(errors="replace")[-LAST:]
+        raise RuntimeError(f"{process.args} ended with exit code {process.returncode}:\n{end}")
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
