@@ -26,6 +26,11 @@ from trihybrid.run import hash_folder, read_log, write_json
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "quality.yaml"
+MUON = tuple(
+    f"stages.{stage}.optimizer={{name: muon, learning_rate: {rate}, muon: {{learning_rate: 2.0e-2}}}}"
+    for stage, rate in ((0, 3.0e-3), (1, 2.0e-3))
+)
+"""Muon for the matrices; the rest as it was."""
 NEW = ["model.layers.*.self_attn.rwkv7.*", "model.layers.*.self_attn.tica.*"]
 CONTEXT = 8192
 TINY = [
@@ -71,6 +76,11 @@ ROWS = {
     "shared-inherited": Ablation(
         "the same, with keys and values shared as the teacher shares them",
         ("surgery.share_kv=teacher", "surgery.tica.start=inherited"),
+    ),
+    "muon": Ablation("Muon for the new matrices, in both stages", MUON),
+    "shared-inherited-muon": Ablation(
+        "TICA shared and from the teacher's channels, Muon",
+        ("surgery.share_kv=teacher", "surgery.tica.start=inherited", *MUON),
     ),
     "two-global": Ablation("two global layers kept", ("surgery.pattern=SSR SSR SSF SSF",)),
     "stage-1": Ablation("stage 1 only", stages=(0,)),

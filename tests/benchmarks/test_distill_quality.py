@@ -40,7 +40,7 @@ def test_every_row_is_a_recipe_that_differs_from_the_others(modules: dict[str, M
     for name, row in quality.ROWS.items():
         recipe = load_conversion(str(quality.RECIPE), list(row.changes))
         recipes[name] = (recipe.model_dump_json(), row.stages, row.teacher)
-    assert len(recipes) == 14 and len(set(recipes.values())) == 14
+    assert len(recipes) == 16 and len(set(recipes.values())) == 16
 
 
 @pytest.mark.long
