@@ -28,9 +28,7 @@ class SlotMixers:
         y_BTD = None
         if self.rwkv7 is not None:
             assert self.matrix is not None
-            operands = self.rwkv7.operands(x_BTD, place.span, place.shared, place.fusion.prepared)
-            o_BTHN = place.recur(self.matrix, operands, self.rwkv7.backend)
-            y_BTD = self.rwkv7.output(self.rwkv7.reads(o_BTHN, operands) * operands.gate_BTC)
+            y_BTD = self.rwkv7.output(place.recur(self.matrix, self.rwkv7, x_BTD))
         if self.tica is not None:
             assert self.store is not None
             new = self.tica.keys_values(x_BTD) if self.store.own else None

@@ -5,7 +5,8 @@ Both write first and read then. `Chunk` knows its sizes on the host and works on
 shapes that depend on nothing but the number of rows and of pages in its table, so that a CUDA graph or a compiler can
 record what is done with it.
 
-Legend: B sequences, T tokens, H query heads, G key/value heads, N head width, M pages in a table, S keys.
+Legend: B sequences, T tokens, H query heads, G key/value heads, N head width, C = H N channels, M pages in a table, S
+keys.
 """
 
 from typing import Protocol
@@ -16,11 +17,11 @@ from torch import Tensor
 from trihybrid.infer.network.parts import Fusion
 from trihybrid.infer.states import Stored
 from trihybrid.mixers.contract import Shared
-from trihybrid.mixers.rwkv7 import Operands
+from trihybrid.mixers.rwkv7 import Rwkv7
 from trihybrid.mixers.span import Span
+from trihybrid.mixers.state import RecurrentState
 from trihybrid.ops.chunk_attention import chunk_attention
 from trihybrid.ops.decode_attention import decode_attention, paged_attention
-from trihybrid.ops.wkv7 import wkv7
 from trihybrid.ops.wkv7.decode import wkv7_step_
 
 KeysValues = tuple[Tensor, Tensor]
@@ -51,8 +52,8 @@ class Place(Protocol):
         """Likewise over pages."""
         ...
 
-    def recur(self, matrix: Tensor, operands: Operands, backend: str | None) -> Tensor:
-        """What the recurrence reads, [B, T, H, N]; its rows of the store [R, H, N, N] move on."""
+    def recur(self, matrix: Tensor, rwkv7: Rwkv7, x_BTD: Tensor) -> Tensor:
+        """What the recurrence reads, gated, [B, T, C]; its rows of the store [R, H, N, N] move on."""
         ...
 
 
@@ -110,8 +111,10 @@ class Turn:
     def _seen(self, width: int, lengths_B: Tensor) -> Tensor:
         return torch.arange(width, device=lengths_B.device) < lengths_B[:, None]
 
-    def recur(self, matrix: Tensor, operands: Operands, backend: str | None) -> Tensor:
-        return wkv7_step_(*operands.tokens, matrix[self._rows])
+    def recur(self, matrix: Tensor, rwkv7: Rwkv7, x_BTD: Tensor) -> Tensor:
+        operands = rwkv7.operands(x_BTD, self.span, self.shared, self.fusion.prepared)
+        o_BTHN = wkv7_step_(*operands.tokens, matrix[self._rows])
+        return rwkv7.reads(o_BTHN, operands) * operands.gate_BTC
 
 
 class Chunk:
@@ -182,8 +185,8 @@ class Chunk:
             dense_MLGN = store_PLGN[self._pages_M]
         return dense_MLGN.flatten(0, 1)[None, : self._end]
 
-    def recur(self, matrix: Tensor, operands: Operands, backend: str | None) -> Tensor:
+    def recur(self, matrix: Tensor, rwkv7: Rwkv7, x_BTD: Tensor) -> Tensor:
         state_BHNN = matrix[self._row : self._row + 1]
-        o_BTHN, after_BHNN = wkv7(*operands.tokens, state_BHNN, None, backend)
-        state_BHNN.copy_(after_BHNN)
-        return o_BTHN
+        o_BTC, gate_BTC, after = rwkv7.recur(x_BTD, self.span, RecurrentState(state_BHNN), self.shared)
+        state_BHNN.copy_(after.matrix_BHKV)
+        return o_BTC * gate_BTC
