@@ -27,8 +27,8 @@ from trihybrid.run import hash_folder, read_log, write_json
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "quality.yaml"
 MUON = tuple(
-    f"stages.{stage}.optimizer={{name: muon, learning_rate: {rate}, muon: {{learning_rate: 2.0e-2}}}}"
-    for stage, rate in ((0, 3.0e-3), (1, 2.0e-3))
+    f"stages.{stage}.optimizer={{name: muon, learning_rate: {rate}, muon: {{learning_rate: {muon}}}}}"
+    for stage, rate, muon in ((0, 3.0e-3, 4.0e-2), (1, 2.0e-3, 2.0e-2))
 )
 """Muon for the matrices; the rest as it was."""
 NEW = ["model.layers.*.self_attn.rwkv7.*", "model.layers.*.self_attn.tica.*"]

@@ -48,6 +48,19 @@ COSTS = {
         "at rest GiB": ("rest_gib", "{:.2f}"),
         "peak GiB": ("peak_gib", "{:.2f}"),
     },
+    "distill_optimizers": {
+        "row": ("row", "{}"),
+        "alignment loss": ("alignment_loss", "{:.4f}"),
+        **{
+            f"{stage}: {name}": (f"{stage} {figure}", form)
+            for stage in ("aligned", "matched")
+            for name, figure, form in (
+                ("bpb", "bpb", "{:.4f}"),
+                ("KL", "kl", "{:.4f}"),
+                ("recall", "recall", "{:.3f}"),
+            )
+        },
+    },
     "sliding_gradient": {
         "tokens": ("length", "{:,}"),
         "way": ("way", "{}"),
@@ -137,6 +150,10 @@ def costs(rows: list[dict[str, Any]], columns: dict[str, tuple[str, str]]) -> st
     """A table with a line a row; what a row does not have stays empty."""
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in rows:
+        # What was measured behind each stage stands beside the row's own figures.
+        row = row | {
+            f"{side['stage']} {name}": side[name] for side in row.get("measured", ()) for name in side
+        }
         cells = [form.format(row[field]) if field in row else "" for field, form in columns.values()]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
