@@ -136,7 +136,9 @@ class Workers:
     def wait(self) -> None:
         """Return once all workers are here; the GPUs are not waited for."""
         if self.count > 1:
-            dist.all_reduce(torch.zeros(1))
+            work = dist.all_reduce(torch.zeros(1), async_op=True)
+            work.wait()
+            _held[:] = [work]
 
     def share_generators(self) -> None:
         """Set torch's generators, the CPU's and that of this worker's own GPU, to the state of the first worker's."""
@@ -150,6 +152,11 @@ class Workers:
             dist.broadcast(state, src=0)
             torch.cuda.set_rng_state(state, self.device)
 
+
+_held: list[dist.Work] = []
+"""The last meeting. Whoever lets go of it last frees its tensor, and needs Python for that. A process that ends behind
+the meeting must not leave this to a thread of gloo's, which lives on where meshes of torch hold its group: a thread
+that asks for an interpreter that is ending is ended itself, and the process with it (SIGABRT)."""
 
 ALONE = Workers()
 """The only worker of a run in a single process."""
