@@ -117,6 +117,12 @@ class GraphDecoder:
         self._known: list[list[int]] = []
         self._last: _Recorded | None = None
 
+    @property
+    def last_graph(self) -> torch.cuda.CUDAGraph:
+        """The recording of the newest step, to be replayed where it is timed."""
+        assert self._last is not None
+        return self._last.graph
+
     def __call__(self, ids: list[int], positions: list[int], pages: Sequence[list[int]]) -> Tensor:
         states = self._network.states
         if self._capacity != states.capacity:

@@ -1,0 +1,222 @@
+"""A decoding step of E2B's shape by each execution: how far its logits are off, how long it takes, and its kernels.
+
+    python benchmarks/decode_step.py [--parts errors,times,profile] [--executions graph,kernels] [--json FOLDER]
+    python benchmarks/decode_step.py --tiny        the errors in small on a CPU, where kernels are torch's operators
+
+One GPU, bfloat16, random weights; norms of retained queries and keys are small, so that scores are about one and logits
+differ by rounding alone. `errors`: 1 and 4 sequences behind 700 tokens and less, three tokens each; relative rms of the
+logits, and the worst of the states that are left, against float32 on the same states. `times`: milliseconds of a
+replay, and of a step with the host's share, behind 4,096 and 131,072 tokens. `profile`: of one replayed step at 4,096
+by the last execution, kernels by name; those that begin early overlap, so that their times add up to more than the
+step. --json writes the rows as decode_step.json into FOLDER. Exits with 1 where the logits of an execution are more
+than 1.5 times as far off as those of the first.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from inference_e2b_common import TINY, TRUE, build
+from torch import Tensor
+
+from trihybrid.infer.execution import Decoder, EagerDecoder, GraphDecoder, make_decoder
+from trihybrid.infer.kernels import KernelStep
+from trihybrid.infer.network import Network
+
+Row = dict[str, Any]
+
+PARTS = ("errors", "times", "profile")
+PAGE, STEPS, BATCHES, SEEN = 64, 3, (1, 4), 700
+CONTEXTS = (4096, 131_072)
+MILD = 0.25  # of the norms of queries and keys
+WALLS, REPLAYS = 30, 50
+FURTHER = 1.5
+
+
+class KernelsHere:
+    """The kernels' step without a recording, for a CPU."""
+
+    def __init__(self, network: Network) -> None:
+        self._step = KernelStep(network)
+
+    def __call__(self, ids: list[int], positions: list[int], pages: list[list[int]]) -> Tensor:
+        return self._step(torch.tensor(ids), torch.tensor(positions), torch.tensor(pages))
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--executions", default="graph,kernels", help="ways to decode, the definition first")
+    parser.add_argument("--tiny", action="store_true", help="in small, on a CPU")
+    parser.add_argument("--json", type=Path, metavar="FOLDER")
+    given = parser.parse_args()
+    parts, names = given.parts.split(","), given.executions.split(",")
+    if not given.tiny and not torch.cuda.is_available():
+        parser.error("no GPU here; --tiny runs in small on a CPU")
+    rows: list[Row] = []
+    with torch.inference_mode():
+        model = build(TINY if given.tiny else TRUE, "student").requires_grad_(False)
+        make_mild(model)
+        wide_model = copy.deepcopy(model).float() if "errors" in parts else None
+        network = Network(model, rows=max(BATCHES), length=PAGE)
+        if given.tiny:
+            decoders: dict[str, Any] = {"graph": EagerDecoder(network), "kernels": KernelsHere(network)}
+            parts = ["errors"]
+        else:
+            decoders = {name: make_decoder(network, name) for name in names}
+        if wide_model is not None:
+            seen = SEEN // 10 if given.tiny else SEEN
+            wide = Network(wide_model, rows=max(BATCHES), length=PAGE)
+            for each in (network, wide):
+                each.states.grow(max(BATCHES) * (seen // PAGE + 2))
+            rows += note(error_rows(network, wide, decoders, seen))
+            del wide, wide_model
+        if "times" in parts or "profile" in parts:
+            network.states.grow(max(CONTEXTS) // PAGE + 2)
+            for tensor in stores(network):
+                tensor.normal_(std=0.5)
+        if "times" in parts:
+            rows += note(row for name, decoder in decoders.items() for row in time_rows(name, decoder))
+        if "profile" in parts:
+            show_profile(decoders[names[-1]])
+    if given.json is not None:
+        given.json.mkdir(parents=True, exist_ok=True)
+        (given.json / "decode_step.json").write_text(json.dumps(rows, indent=2) + "\n")
+    errors = [row for row in rows if "logits" in row]
+    first = {row["batch"]: max(row["logits"]) for row in errors if row["execution"] == names[0]}
+    missed = [row for row in errors if not max(row["logits"]) <= FURTHER * first[row["batch"]] + 1e-5]
+    for row in missed:
+        print(f"missed: {row['execution']} at batch {row['batch']} is {max(row['logits']):.4f} off")
+    return 1 if missed else 0
+
+
+def note(rows: Iterator[Row]) -> list[Row]:
+    """The rows, printed as they come."""
+    found = []
+    for row in rows:
+        print(json.dumps(row), flush=True)
+        found.append(row)
+    return found
+
+
+def make_mild(model: torch.nn.Module) -> None:
+    """Let scores of the retained attention be about one."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("self_attn.q_norm.weight", "self_attn.k_norm.weight")):
+            parameter.fill_(MILD)
+
+
+def stores(network: Network) -> Iterator[Tensor]:
+    """All tensors that sequences leave something in."""
+    states = network.states
+    for part in (states.rings, states.pages):
+        for stored in part.values():
+            yield stored.keys
+            yield stored.values
+    yield from states.matrices.values()
+
+
+def put(network: Network, kept: list[Tensor]) -> None:
+    """Bring all states back."""
+    for tensor, value in zip(stores(network), kept, strict=True):
+        tensor.copy_(value)
+
+
+def off(found: Tensor, wanted: Tensor) -> float:
+    """Relative rms error."""
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def error_rows(network: Network, wide: Network, decoders: dict[str, Decoder], seen: int) -> Iterator[Row]:
+    """Every execution against float32, from the same states on."""
+    generator = torch.Generator().manual_seed(3)
+    for batch in BATCHES:
+        count = -(-(seen + STEPS) // PAGE)
+        pages = [[1 + row + batch * place for place in range(count)] for row in range(batch)]
+        text = torch.randint(3, network.vocabulary, (batch, seen + STEPS), generator=generator)
+        # Sequences of different lengths.
+        positions = [seen - row for row in range(batch)]
+        for row, position in enumerate(positions):
+            network.prefill(text[row, :position].tolist(), row, 0, pages[row], logits=False)
+        kept = [tensor.clone() for tensor in stores(network)]
+        put(wide, kept)
+        wanted = steps(EagerDecoder(wide), text, positions, pages)
+        after = [tensor.clone() for tensor in stores(wide)]
+        for name, decoder in decoders.items():
+            put(network, kept)
+            found = steps(decoder, text, positions, pages)
+            yield {
+                "benchmark": "decode_step",
+                "execution": name,
+                "batch": batch,
+                "logits": [off(own, right) for own, right in zip(found, wanted, strict=True)],
+                "states": max(off(own, right) for own, right in zip(stores(network), after, strict=True)),
+            }
+
+
+def steps(decoder: Decoder, text: Tensor, positions: list[int], pages: list[list[int]]) -> list[Tensor]:
+    """Logits of STEPS tokens of each sequence."""
+    found = []
+    for step in range(STEPS):
+        ids = [int(own[position + step]) for own, position in zip(text, positions, strict=True)]
+        # A decoder takes lists that it knows for those of before.
+        lists = [list(own) for own in pages]
+        found.append(decoder(ids, [position + step for position in positions], lists).clone())
+    return found
+
+
+def time_rows(name: str, decoder: GraphDecoder) -> Iterator[Row]:
+    """Milliseconds of a step at batch 1."""
+    for context in CONTEXTS:
+        pages = [list(range(1, context // PAGE + 2))]
+        walls = []
+        for step in range(WALLS):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            decoder([5], [context + step], pages).argmax(-1).tolist()
+            walls.append(1000 * (time.perf_counter() - began))
+        graph = decoder.last_graph
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(REPLAYS):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        yield {
+            "benchmark": "decode_step",
+            "execution": name,
+            "context": context,
+            "replay_ms": begin.elapsed_time(end) / REPLAYS,
+            "step_ms": statistics.median(walls[WALLS // 3 :]),
+        }
+
+
+def show_profile(decoder: GraphDecoder) -> None:
+    """Print the kernels of a replayed step."""
+    decoder([5], [CONTEXTS[0]], [list(range(1, CONTEXTS[0] // PAGE + 2))])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        decoder.last_graph.replay()
+        torch.cuda.synchronize()
+    kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    if not kernels:
+        print("profile: the profiler saw no kernel")
+        return
+    span = max(e.time_range.end for e in kernels) - min(e.time_range.start for e in kernels)
+    print(f"profile: {len(kernels)} kernels in {span:.0f} us")
+    for name in sorted({e.name for e in kernels}):
+        own = [e.time_range.elapsed_us() for e in kernels if e.name == name]
+        print(f"{sum(own):9.1f} us {len(own):5d} x {statistics.mean(own):8.2f}  {name[:90]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
