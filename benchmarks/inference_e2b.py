@@ -95,18 +95,18 @@ def measure_engine(run: Run, part: str, long: bool) -> None:
     most = max(*scale.contexts, scale.long if long else 0, scale.batch * (scale.batch_context + 128))
     room = most + ROOM
     for execution in scale.executions:
-        fused = execution != scale.executions[0]
-        if fused and not run.fits(40 if part == "student" else 60, part, f"decode, {execution}"):
+        later = execution != scale.executions[0]
+        if later and not run.fits(40 if part == "student" else 60, part, f"decode, {execution}"):
             return
         try:
             bench = EngineBench(run, part, model, execution, scale.batch, room)
             for context in scale.contexts:
                 if run.fits(15 if context < 100_000 else 25, part, f"{context} tokens"):
-                    bench.alone(context, prefill=not fused)
+                    bench.alone(context, prefill=not later)
             # The kernels leave so many sequences to the form of `fused-graph`.
             if execution != "kernels" and run.fits(25, part, f"batch {scale.batch}"):
                 bench.together()
-            if long and not fused and part == "student" and run.fits(75, part, f"{scale.long} tokens"):
+            if long and not later and part == "student" and run.fits(75, part, f"{scale.long} tokens"):
                 bench.alone(scale.long, prefill=True)
         except (RuntimeError, ValueError) as error:
             if scale.device == "cpu":

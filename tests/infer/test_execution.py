@@ -84,7 +84,7 @@ def test_kernels_refuse_what_they_do_not_take(build, message: str) -> None:
 
 @torch.inference_mode()
 def test_more_sequences_than_the_kernels_take_go_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execution, "KERNEL_ROWS", 2)
+    monkeypatch.setattr(execution, "MOST_ROWS", 2)
     monkeypatch.setattr(Fusion, "compiled", Fusion)
     network = Network(make_student().bfloat16(), rows=3, length=4)
     network.states.grow(4)

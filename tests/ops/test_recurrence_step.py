@@ -12,6 +12,7 @@ from trihybrid.mixers.rwkv7 import Rwkv7
 from trihybrid.mixers.rwkv7.options import Rwkv7Options
 from trihybrid.ops.decode_product import Gain
 from trihybrid.ops.recurrence_step import Recurrence
+from trihybrid.ops.wkv7 import wkv7
 from trihybrid.testing import relative_error
 
 CASES = [
@@ -65,8 +66,6 @@ def definition(mixer: Rwkv7, x_BP: Tensor, raised_BP: Tensor, state_BHNN: Tensor
     mixer._projected = lambda *given: (r, k, v, decay_BC, iclr_BC, gate_BC)  # type: ignore[method-assign]
     span = SimpleNamespace(valid_BT=None)
     operands = mixer.operands(x_BP[:, None], span, None)  # type: ignore[arg-type]
-    from trihybrid.ops.wkv7 import wkv7
-
     o_BTHN, after_BHNN = wkv7(*operands.tokens, state_BHNN, None, "reference")
     return (mixer.reads(o_BTHN, operands) * gate_BC)[:, 0], after_BHNN
 

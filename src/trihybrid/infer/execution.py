@@ -22,6 +22,7 @@ from torch import Tensor
 from trihybrid.infer.kernels import KernelStep, refusal
 from trihybrid.infer.network import Network
 from trihybrid.infer.network.parts import Fusion
+from trihybrid.ops.decode_product import MOST_ROWS
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +38,6 @@ function each kernel is a source that reads all headers. Two sources are compile
 
 Execution = Literal["eager", "graph", "compiled", "fused-graph", "kernels"]
 EXECUTIONS = ("eager", "compiled", "graph", "fused-graph", "kernels")
-
-KERNEL_ROWS = 8
-"""Sequences up to which the kernels take a step, at most `decode_product.MOST_ROWS`; with more, matrix products of
-torch are faster, in the form of `fused-graph`."""
 
 Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`Network.decode` but for what stands between its products."""
@@ -207,7 +204,8 @@ def make_decoder(network: Network, execution: Execution) -> Decoder:
 
 
 def by_rows(network: Network) -> Decode:
-    """The kernels for up to KERNEL_ROWS sequences, and what `fused-graph` runs for more.
+    """The kernels for as many sequences as they take, and what `fused-graph` runs for more; where that becomes the
+    faster one has not been measured.
 
     Raises:
         ValueError: a model that the kernels do not take, with the reason.
@@ -222,7 +220,7 @@ def by_rows(network: Network) -> Decode:
     step, fusion = KernelStep(network), Fusion.compiled()
 
     def decode(ids_B: Tensor, positions_B: Tensor, table_BM: Tensor) -> Tensor:
-        if len(ids_B) <= KERNEL_ROWS:
+        if len(ids_B) <= MOST_ROWS:
             return step(ids_B, positions_B, table_BM)
         return network.decode(ids_B, positions_B, table_BM, fusion)
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 import tiny_gemma4
 import tiny_teachers
-from interpreted import MARKS, load  # noqa: F401
+from interpreted import MARKS
 from random_weights import randomise
 from small_student import make_student
 from trihybrid.infer.kernels import KernelStep, refusal
@@ -167,7 +167,7 @@ class TestInterpreted:
     @pytest.mark.parametrize("rows", [1, 2, 5])
     @pytest.mark.parametrize("name", ["gemma4", "student-gemma4", "gemma3"])
     @torch.inference_mode()
-    def test_is_the_networks_step(self, load, monkeypatch, name, rows):  # noqa: F811
+    def test_is_the_networks_step(self, load, monkeypatch, name, rows):
         # Large blocks, of which the interpreter needs few; `tests/ops` has those of the tables.
         large = Sizes(32, 4, step=64, programs=1)
         for part in ("product_sizes", "normed_sizes"):

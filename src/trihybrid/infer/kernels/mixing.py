@@ -12,8 +12,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from trihybrid.infer.kernels.joining import Owned, join_inputs, join_outputs, join_ranks
 from trihybrid.infer.network.attention import RetainedAttention, Store
+from trihybrid.infer.network.joining import Owned, join_inputs, join_outputs, join_ranks
+from trihybrid.infer.network.layer import Mix
 from trihybrid.infer.network.mixers import SlotMixers
 from trihybrid.infer.network.parts import Norm
 from trihybrid.mixers.contract import HeadNorm
@@ -170,6 +171,9 @@ def _heads(tica: Tica, first: int, own: bool) -> Heads:
     )  # fmt: skip
 
 
-def mixing_of(mix: RetainedAttention | SlotMixers) -> Mixing:
+def mixing_of(mix: Mix) -> Mixing:
     """The kernels' form of what a layer mixes with."""
-    return RetainedMixing(mix) if isinstance(mix, RetainedAttention) else ConvertedMixing(mix)
+    if isinstance(mix, RetainedAttention):
+        return RetainedMixing(mix)
+    assert isinstance(mix, SlotMixers)
+    return ConvertedMixing(mix)

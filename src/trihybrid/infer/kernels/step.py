@@ -20,6 +20,7 @@ from torch import Tensor
 from trihybrid.infer.kernels.mixing import Turn, gain_of, mixing_of
 from trihybrid.infer.kernels.refuse import ACTIVATIONS
 from trihybrid.infer.network import Network
+from trihybrid.infer.network.attention import RetainedAttention
 from trihybrid.infer.network.layer import Layer
 from trihybrid.infer.network.parts import Rotary
 from trihybrid.ops.decode_product import MOST_ROWS, Before, Finish, Gain, normed_product, product
@@ -55,7 +56,7 @@ class KernelLayer:
     def __init__(self, layer: Layer) -> None:
         module: Any = layer.module
         gains = {name: gain_of(norm) for name, norm in layer.norms.items()}
-        self._mixing = mixing_of(layer.mix)  # type: ignore[arg-type]
+        self._mixing = mixing_of(layer.mix)
         self._first, self._mixed = gains["input_layernorm"], gain_of(layer.mixed)
         # Where nothing stands behind the MLP, the norm before it goes by another name.
         self._last = gains.get("post_feedforward_layernorm")
@@ -99,9 +100,9 @@ class KernelStep:
         self._network, self._per_layer = network, network.per_layer
         self._layers = [KernelLayer(layer) for layer in network.layers]
         self._rotary: dict[str, Rotary] = {
-            layer.mix.layer_type: layer.mix.rotary  # type: ignore[attr-defined]
+            layer.mix.layer_type: layer.mix.rotary
             for layer in network.layers
-            if getattr(layer.mix, "rotary", None) is not None
+            if isinstance(layer.mix, RetainedAttention) and layer.mix.rotary is not None
         }
         heads = max(layer.heads for layer in self._layers)
         self._arrived = torch.zeros(MOST_ROWS * heads, dtype=torch.int32, device=network.device)

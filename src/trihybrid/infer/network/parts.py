@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm
 
+from trihybrid.infer.network.joining import Owned, join_outputs
 from trihybrid.mixers.rwkv7 import Prepare, prepared
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -112,12 +113,9 @@ class Joined:
         if len(modules) < 2 or not all(_plain(module) for module in modules):
             return
         self._sizes = [module.weight.shape[0] for module in modules]
-        with torch.no_grad():
-            self._weight = torch.cat([module.weight for module in modules])
-            biases = [module.bias for module in modules if module.bias is not None]
-            self._bias = torch.cat(biases) if biases else None
-        for module, part in zip(modules, self._weight.split(self._sizes), strict=True):
-            module.weight = nn.Parameter(part, requires_grad=False)
+        self._weight = join_outputs([Owned(module, "weight") for module in modules])
+        biases = [module.bias.detach() for module in modules if module.bias is not None]
+        self._bias = torch.cat(biases) if biases else None
 
     @property
     def weight(self) -> Tensor:

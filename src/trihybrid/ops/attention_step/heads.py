@@ -1,4 +1,4 @@
-"""What the kernels of `attention_step` share: heads of the projections, and tokens of the store.
+"""What the kernels of `attention_step` share: heads of the projections, tokens of the store, a program's part of them.
 
 Legend: R heads, N head width, S tokens.
 """
@@ -43,3 +43,33 @@ def stored(
         page_S = tl.load(table + token_S // LENGTH, mask=in_S, other=0).to(tl.int64)
     at_S = page_S * store_p + (token_S % LENGTH) * store_l + group * store_g
     return tl.load(store + at_S[:, None] + wide_1N, mask=in_S[:, None] & in_1N, other=0.0)
+
+
+@triton.jit
+def part_of(positions, batch, part, parts, LENGTH: tl.constexpr, RING: tl.constexpr, BLOCK: tl.constexpr):
+    """The first token of a part and the one behind its last, and the newest of all: blocks of a part, so that the
+    parts are even and end at borders of blocks."""
+    position = tl.load(positions + batch).to(tl.int32)
+    length, newest = position + 1, position
+    if RING:
+        length, newest = tl.minimum(length, LENGTH), position % LENGTH
+    share = tl.cdiv(tl.cdiv(length, BLOCK), parts) * BLOCK
+    return part * share, tl.minimum((part + 1) * share, length), newest
+
+
+@triton.jit
+def own_weights(weight, wide_1N, other_1N, in_1N, NORMED: tl.constexpr):
+    """A norm's weights, and those of the other channel of each pair; any pair where there is no norm."""
+    own_1N = (wide_1N, wide_1N)
+    if NORMED:
+        own_1N = (row(weight, wide_1N, in_1N), row(weight, other_1N, in_1N))
+    return own_1N
+
+
+@triton.jit
+def place_of(table, batch, newest, store_p, store_l, LENGTH: tl.constexpr, RING: tl.constexpr):
+    """Where a store has the newest token, before its group."""
+    page = batch
+    if not RING:
+        page = tl.load(table + newest // LENGTH).to(tl.int64)
+    return page * store_p + newest % LENGTH * store_l

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trihybrid.ops.attention_step import Heads, Store
-from trihybrid.ops.attention_step.heads import placed, row, stored
+from trihybrid.ops.attention_step.heads import own_weights, part_of, place_of, placed, row, stored
 from trihybrid.ops.early import admit_next, await_former, early
 
 ROWS = 16  # the fewest that a matrix product takes
@@ -117,14 +117,8 @@ def _head(
     group = head // repeats
     wide_1N, block_S = tl.arange(0, WIDE)[None, :], tl.arange(0, BLOCK)
     in_1N = wide_1N < width
-    position = tl.load(positions + batch).to(tl.int32)
-    length, newest = position + 1, position
-    if RING:
-        length, newest = tl.minimum(length, LENGTH), position % LENGTH
+    first, last, newest = part_of(positions, batch, part, parts, LENGTH, RING, BLOCK)
     table += batch * table_b
-    # Blocks of a part, so that the parts are even and end at borders of blocks.
-    share = tl.cdiv(tl.cdiv(length, BLOCK), parts) * BLOCK
-    first, last = part * share, tl.minimum((part + 1) * share, length)
     token_S = first + block_S
     in_S = (token_S < last) & (token_S != newest)
     next_k_SN = stored(
@@ -135,11 +129,8 @@ def _head(
     )
     pairs = width // 2
     other_1N = tl.where(wide_1N < pairs, wide_1N + pairs, wide_1N - pairs)
-    q_own_1N, k_own_1N = (wide_1N, wide_1N), (wide_1N, wide_1N)
-    if Q_NORMED:
-        q_own_1N = (row(q_weight, wide_1N, in_1N), row(q_weight, other_1N, in_1N))
-    if K_NORMED:
-        k_own_1N = (row(k_weight, wide_1N, in_1N), row(k_weight, other_1N, in_1N))
+    q_own_1N = own_weights(q_weight, wide_1N, other_1N, in_1N, Q_NORMED)
+    k_own_1N = own_weights(k_weight, wide_1N, other_1N, in_1N, K_NORMED)
     admit_next(EARLY)
     await_former(EARLY)
     # All that is read comes before the first sum over channels, for which a program's threads wait for each other.
@@ -151,11 +142,9 @@ def _head(
         x_other_1N = tl.load(x + q_first + head_11 + other_1N, mask=in_1N, other=0.0).to(tl.float32)
         cosine_1N = row(cosine + batch * width, wide_1N, in_1N)
         sine_1N = row(sine + batch * width, wide_1N, in_1N)
-    page, place = batch, newest % LENGTH
-    if not RING:
-        page = tl.load(table + newest // LENGTH).to(tl.int64)
-    at_k_1N = keys + page * keys_p + place * keys_l + group * keys_g + wide_1N
-    at_v_1N = values + page * values_p + place * values_l + group * values_g + wide_1N
+    at_k_1N = keys + place_of(table, batch, newest, keys_p, keys_l, LENGTH, RING) + group * keys_g + wide_1N
+    at_v_1N = values + place_of(table, batch, newest, values_p, values_l, LENGTH, RING)
+    at_v_1N += group * values_g + wide_1N
     if OWN:
         k_1N = row(x + k_first + group * width, wide_1N, in_1N)
         v_1N = row(x + v_first + group * width, wide_1N, in_1N)
@@ -189,20 +178,8 @@ def _head(
             keys, table, batch, group, token_S, in_S, wide_1N, in_1N, keys_p, keys_l, keys_g, LENGTH, RING
         )
         next_v_SN = stored(
-            values,
-            table,
-            batch,
-            group,
-            token_S,
-            in_S,
-            wide_1N,
-            in_1N,
-            values_p,
-            values_l,
-            values_g,
-            LENGTH,
-            RING,
-        )
+            values, table, batch, group, token_S, in_S, wide_1N, in_1N, values_p, values_l, values_g, LENGTH, RING
+        )  # fmt: skip
         s_S = tl.where(in_now_S, tl.sum(k_SN.to(tl.float32) * q_1N, 1), float("-inf"))
         new = tl.maximum(most, tl.max(s_S, 0))
         # A block may hold nothing but the newest token's place.
@@ -249,14 +226,8 @@ def _group(
     row_R, wide_1N, block_S = tl.arange(0, ROWS), tl.arange(0, WIDE)[None, :], tl.arange(0, BLOCK)
     in_R, in_1N = row_R < repeats, wide_1N < width
     in_RN = in_R[:, None] & in_1N
-    position = tl.load(positions + batch).to(tl.int32)
-    length, newest = position + 1, position
-    if RING:
-        length, newest = tl.minimum(length, LENGTH), position % LENGTH
+    first, last, newest = part_of(positions, batch, part, parts, LENGTH, RING, BLOCK)
     table += batch * table_b
-    # Blocks of a part, so that the parts are even and end at borders of blocks.
-    share = tl.cdiv(tl.cdiv(length, BLOCK), parts) * BLOCK
-    first, last = part * share, tl.minimum((part + 1) * share, length)
     token_S = first + block_S
     in_S = (token_S < last) & (token_S != newest)
     next_k_SN = stored(
@@ -267,11 +238,8 @@ def _group(
     )
     pairs = width // 2
     other_1N = tl.where(wide_1N < pairs, wide_1N + pairs, wide_1N - pairs)
-    q_own_1N, k_own_1N = (wide_1N, wide_1N), (wide_1N, wide_1N)
-    if Q_NORMED:
-        q_own_1N = (row(q_weight, wide_1N, in_1N), row(q_weight, other_1N, in_1N))
-    if K_NORMED:
-        k_own_1N = (row(k_weight, wide_1N, in_1N), row(k_weight, other_1N, in_1N))
+    q_own_1N = own_weights(q_weight, wide_1N, other_1N, in_1N, Q_NORMED)
+    k_own_1N = own_weights(k_weight, wide_1N, other_1N, in_1N, K_NORMED)
     admit_next(EARLY)
     await_former(EARLY)
     # All that is read comes before the first sum over channels, for which a program's threads wait for each other.
@@ -283,11 +251,9 @@ def _group(
         x_other_RN = tl.load(x + q_first + head_R1 + other_1N, mask=in_RN, other=0.0).to(tl.float32)
         cosine_1N = row(cosine + batch * width, wide_1N, in_1N)
         sine_1N = row(sine + batch * width, wide_1N, in_1N)
-    page, place = batch, newest % LENGTH
-    if not RING:
-        page = tl.load(table + newest // LENGTH).to(tl.int64)
-    at_k_1N = keys + page * keys_p + place * keys_l + group * keys_g + wide_1N
-    at_v_1N = values + page * values_p + place * values_l + group * values_g + wide_1N
+    at_k_1N = keys + place_of(table, batch, newest, keys_p, keys_l, LENGTH, RING) + group * keys_g + wide_1N
+    at_v_1N = values + place_of(table, batch, newest, values_p, values_l, LENGTH, RING)
+    at_v_1N += group * values_g + wide_1N
     if OWN:
         k_1N = row(x + k_first + group * width, wide_1N, in_1N)
         v_1N = row(x + v_first + group * width, wide_1N, in_1N)
@@ -322,20 +288,8 @@ def _group(
             keys, table, batch, group, token_S, in_S, wide_1N, in_1N, keys_p, keys_l, keys_g, LENGTH, RING
         )
         next_v_SN = stored(
-            values,
-            table,
-            batch,
-            group,
-            token_S,
-            in_S,
-            wide_1N,
-            in_1N,
-            values_p,
-            values_l,
-            values_g,
-            LENGTH,
-            RING,
-        )
+            values, table, batch, group, token_S, in_S, wide_1N, in_1N, values_p, values_l, values_g, LENGTH, RING
+        )  # fmt: skip
         s_RS = tl.dot(q_RN, tl.trans(k_SN), input_precision="ieee") * scale
         s_RS = tl.where(in_now_S[None, :], s_RS, float("-inf"))
         new_R = tl.maximum(most_R, tl.max(s_RS, 1))

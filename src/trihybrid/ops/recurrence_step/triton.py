@@ -11,11 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from trihybrid.ops.early import admit_next, await_former, early
-from trihybrid.ops.recurrence_step import Recurrence
+from trihybrid.ops.recurrence_step import DECAY_FLOOR, Recurrence
 
 # Value columns and warps of a program: a narrow block where there are few heads, so that every processor gets some.
 NARROW, BROAD = (16, 4), (32, 4)
 FEW_HEADS = 128  # of the whole batch
+FLOOR = tl.constexpr(DECAY_FLOOR)
 
 
 def launch(x_BP: Tensor, raised_BP: Tensor, recurrence: Recurrence, state_BHNN: Tensor, o_BC: Tensor) -> None:
@@ -76,7 +77,7 @@ def _step(
         k_K *= tl.rsqrt(tl.sum(k_K * k_K, 0) / width + k_epsilon) * k_weight_K
     kk_K = k_K / (tl.sqrt(tl.sum(k_K * k_K, 0)) + 1e-12)
     share_K = tl.sigmoid(u_K)
-    w_K = tl.exp(-0.6065306597126334 * share_K)
+    w_K = tl.exp(FLOOR * share_K)
     if BY_DECAY:
         k_K *= 1 - w_K + a_K
     else:
