@@ -140,6 +140,21 @@ def gated_gelu() -> None:
     module.backward(x, x, x)
 
 
+def rates() -> None:
+    """E2B's recurrences."""
+    forward = importlib.import_module("trihybrid.ops.rates.triton").forward
+    x, offset = torch.randn(1, 64, 4096, dtype=torch.bfloat16), torch.zeros(4096)
+    forward(x, x, offset, offset)
+
+
+def placed_heads() -> None:
+    """E2B's two widths."""
+    forward = importlib.import_module("trihybrid.ops.placed_heads.triton").forward
+    for width in (256, 512):
+        x, table = torch.randn(1, 64, 8, width, dtype=torch.bfloat16), torch.ones(1, 64, 1, width)
+        forward(x, torch.ones(width), 1e-6, table.bfloat16(), table.bfloat16())
+
+
 def decode_attention() -> None:
     """E2B's heads, and TICA's."""
     launch = importlib.import_module("trihybrid.ops.decode_attention.triton").launch
@@ -254,6 +269,8 @@ ROOMS: dict[str, tuple[Callable[[], None], ...]] = {
     "attention_step": (attention_step,),
     "divergence": (divergence,),
     "gated_gelu": (gated_gelu,),
+    "rates": (rates,),
+    "placed_heads": (placed_heads,),
     "window_attention": (window_attention,),
     "squared_mlp": (squared_mlp,),
     "rotary": (rotary,),

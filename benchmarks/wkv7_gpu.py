@@ -6,7 +6,8 @@
         [--peer-widths 128,64] [--headline] [--json FOLDER]
 
 Without --part both run. Each version of fla-core runs in a process of its own, in all of its modes (or in those whose
-name holds what --modes says) and with its whole lists of configurations for the tuner, some 300 a mode and width.
+name holds what --modes says) and with its whole lists of configurations for the tuner, some 300 a mode and width (the
+first three of each where errors alone are measured).
 FOLDER is its unpacked wheel (python -m zipfile -e FILE FOLDER); without one a version is left out, with a line.
 bfloat16 throughout. Times are medians of GPU time from a cold cache, the host well ahead; a copy of the bytes that have
 to move is timed alike. "With the host" is forward+backward by the clock, one after the other, in ms: where it is more

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from trihybrid.mixers.contract import Shared, copy_into
-from trihybrid.mixers.rwkv7 import DECAY_FLOOR, Rwkv7, Rwkv7Options, write_gate
+from trihybrid.mixers.rwkv7 import Rwkv7, Rwkv7Options, write_gate
 from trihybrid.mixers.rwkv7 import mixer as module
 from trihybrid.mixers.span import contiguous, from_lengths, packed, padded
 from trihybrid.mixers.state import KeyValueState, RecurrentState
+from trihybrid.ops.rates import DECAY_FLOOR
 from trihybrid.testing import randomise, relative_error
 
 SMALL = Rwkv7Options(12, heads=4, kv_heads=2, head_dim=6, decay_rank=3, iclr_rank=4, gate_rank=5)

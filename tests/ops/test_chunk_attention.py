@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trihybrid.ops.chunk_attention import chunk_attention, window_blocks
+from trihybrid.ops.chunk_attention import chunk_attention, takes_windows, window_blocks
 from trihybrid.testing import relative_error
 
 
@@ -42,3 +42,23 @@ def test_queries_in_blocks_of_any_size(
 def test_blocks_of_a_window(length: int, before: int, window: int) -> None:
     tensors = make(length, length + before, 4, 2)
     assert relative_error(window_blocks(*tensors, window, 0.4), definition(*tensors, window)) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 256])
+@pytest.mark.parametrize("window", [1, 512, 700])
+@pytest.mark.parametrize(("length", "before"), [(4096, 0), (4096, 511), (300, 511), (5, 600), (1, 511)])
+def test_windows_by_flash(length: int, before: int, window: int, width: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+        for shape in (
+            (1, length, 8, width),
+            (1, length + before, 2, width),
+            (1, length + before, 2, width),
+        )
+    )
+    wide = [x.double().cpu() for x in (q, k, v)]
+    assert takes_windows(q)
+    found = chunk_attention(q, k, v, window, 0.05)
+    assert relative_error(found.cpu(), chunk_attention(wide[0], wide[1], wide[2], window, 0.05)) < 5e-3

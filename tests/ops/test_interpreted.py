@@ -209,3 +209,43 @@ def test_gated_gelu(load, shape):
     assert_close(
         torch.autograd.grad(found, [gate, up], grad), torch.autograd.grad(expected, wider, grad.double())
     )
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 48), (1, 2000), (2, 1024)])
+def test_gated_gelu_of_parts_of_rows(load, shape):
+    """Both halves of one product, as inference has them, and an operand that is contiguous."""
+    module = load("trihybrid.ops.gated_gelu")
+    gate, up = torch.randn(*shape[:-1], 2 * shape[-1]).chunk(2, -1)
+    expected = module.gated_gelu_reference(gate, up)
+    assert not gate.is_contiguous() or shape[0] == 1
+    assert_close([module.gated_gelu(gate, up), module.gated_gelu(gate, up.contiguous())], [expected] * 2)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 48), (1, 1, 3000), (1, 33, 64)])
+def test_rates(load, shape):
+    """As far as the floor of the decay and both ends of the logistic function."""
+    module = load("trihybrid.ops.rates")
+    decay, iclr = (torch.randn(shape).mul_(4) for _ in range(2))
+    decay.view(-1)[:2] = torch.tensor([-90.0, 90.0])
+    offsets = [torch.randn(shape[-1]) for _ in range(2)]
+    found = module.rates(decay, iclr, *offsets)
+    expected = module.rates_reference(decay.double(), iclr.double(), *offsets)
+    assert_close(found, expected)
+    assert float(found[0].min()) >= module.DECAY_FLOOR - 1e-7
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "width"), [(1, 41, 8, 256), (1, 5, 1, 512), (3, 7, 3, 16), (2, 1, 2, 128)]
+)
+@pytest.mark.parametrize("within", [True, False])
+def test_placed_heads(load, batch, length, heads, width, within):
+    """Heads by themselves, and within the rows of a wider product."""
+    module = load("trihybrid.ops.placed_heads")
+    rows = torch.randn(batch, length, (heads + 2 * within) * width)
+    x = rows[..., within * width :][..., : heads * width].unflatten(-1, (heads, width))
+    weight, angle = torch.rand(width) + 0.5, torch.randn(batch, length, 1, width // 2)
+    cosine, sine = angle.cos().repeat(1, 1, 1, 2), torch.cat([-angle.sin(), angle.sin()], -1)
+    found = module.placed_heads(x, weight, 1e-6, cosine, sine)
+    wider = [tensor.double() for tensor in (x, weight, cosine, sine)]
+    expected = module.placed_heads_reference(wider[0], wider[1], 1e-6, *wider[2:])
+    assert_close([found], [expected])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from trihybrid.ops.rates import DECAY_FLOOR
 from trihybrid.ops.wkv7 import wkv7
 from trihybrid.testing.compare import FLOOR
 
@@ -33,7 +34,6 @@ SHARP = ("repeated_keys", "constant_runs", "iclr_one")
 """Kinds in which a token is erased again and again, so that half precision inside a kernel costs more."""
 
 RUN = 24  # mean length of a constant run
-DECAY_FLOOR = -0.6065306597126334
 LONGEST_RECURRENCE = 2048  # tokens; beyond, the float64 chunked form answers, which is held to the recurrence
 
 

@@ -1,4 +1,4 @@
-"""What stands between the matrix products, as functions of tensors that `Fusion` can let torch.compile fuse.
+"""What stands between the matrix products, as functions of tensors that `Fusion` can fuse.
 
     norm:    x / sqrt(mean(x^2) + eps) * w       w the weight, 1 + weight in Gemma 3, nothing for Gemma 4's values
     rotate:  x cos + (halves of x exchanged) sin, the sine of the first half negated
@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm
+from transformers.activations import GELUTanh
 
 from trihybrid.infer.network.joining import Owned, join_outputs
 from trihybrid.mixers.rwkv7 import Prepare, prepared
+from trihybrid.ops.gated_gelu import gated_gelu
+from trihybrid.ops.placed_heads import fusable, placed_heads
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 Table = tuple[Tensor, Tensor]
@@ -74,9 +77,21 @@ def gated(gate: Tensor, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Te
     return activation(gate) * x
 
 
+def placed_at_once(x_BTHN: Tensor, weight: Tensor | None, epsilon: float, table: Table | None) -> Tensor:
+    """`placed`, by one kernel where there is one."""
+    if weight is None or table is None or not fusable(x_BTHN):
+        return placed(x_BTHN, weight, epsilon, table)
+    return placed_heads(x_BTHN, weight, epsilon, *table)
+
+
+def gated_at_once(gate: Tensor, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """`gated`, by one kernel where there is one."""
+    return gated_gelu(gate, x) if isinstance(activation, GELUTanh) else gated(gate, x, activation)
+
+
 @dataclass(frozen=True)
 class Fusion:
-    """The functions above, plain or compiled: each is a kernel or a few instead of one an operator.
+    """The functions above: plain, one kernel each for chunks of any length, or compiled for the few shapes of a step.
 
     Attributes:
         normed, added, placed, gated: as above.
@@ -88,6 +103,11 @@ class Fusion:
     placed: Callable[[Tensor, Tensor | None, float, Table | None], Tensor] = placed
     gated: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor] = gated
     prepared: Prepare = prepared
+
+    @classmethod
+    def of_kernels(cls) -> "Fusion":
+        """Ours for the heads and the middle of an MLP, which are the largest; the same as plain off the GPU."""
+        return cls(placed=placed_at_once, gated=gated_at_once)
 
     @classmethod
     def compiled(cls) -> "Fusion":

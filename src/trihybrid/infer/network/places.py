@@ -132,7 +132,7 @@ class Chunk:
     def __init__(
         self, row: int, start: int, tokens: int, pages: list[int], length: int, device: torch.device
     ) -> None:
-        self.fusion = Fusion()
+        self.fusion = Fusion.of_kernels()
         positions_T = torch.arange(start, start + tokens, device=device)
         self.span, self.shared = Span(positions_T[None], start), Shared()
         self.rotary: dict[str, KeysValues] = {}

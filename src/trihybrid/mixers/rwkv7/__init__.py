@@ -4,13 +4,12 @@
 `start` where training starts.
 """
 
-from trihybrid.mixers.rwkv7.mixer import DECAY_FLOOR, Operands, Prepare, Rwkv7, prepared
+from trihybrid.mixers.rwkv7.mixer import Operands, Prepare, Rwkv7, prepared
 from trihybrid.mixers.rwkv7.options import Rwkv7Options
 from trihybrid.mixers.rwkv7.revisions import REVISIONS, Revision
 from trihybrid.mixers.rwkv7.start import scaled_orthogonal, write_gate
 
 __all__ = [
-    "DECAY_FLOOR",
     "REVISIONS",
     "Operands",
     "Prepare",

@@ -16,7 +16,6 @@ it (model card of RWKV-Gemma-4-5B-E2B-Preview-v0.1 and the 07i graph published f
 Legend: B batch, T time, D model width, H heads, G key/value heads, N head width, C = H N channels.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,13 +35,11 @@ from trihybrid.mixers.rwkv7.start import (
 )
 from trihybrid.mixers.span import Span
 from trihybrid.mixers.state import RecurrentState, State
+from trihybrid.ops.rates import rates, rates_reference
 from trihybrid.ops.rotary.definition import rotate
 from trihybrid.ops.wkv7 import wkv7
 from trihybrid.ops.wkv7.grouped import wkv7_grouped
 from trihybrid.ops.wkv7.parts import wkv7_parts
-
-DECAY_FLOOR = -math.exp(-0.5)
-"""log W approaches this from above: -exp(-1/2), about -0.6065."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +210,7 @@ class Rwkv7(Mixer):
         """What `ops.wkv7.grouped` takes of a block of tokens, and the gate."""
         heads = (self.options.heads, self.options.head_dim)
         r_BTHN, k_BTGN, v_BTGN, decay_BTC, iclr_BTC, g_BTC = self._projected(x_BTD, span, shared)
-        _, log_w_BTHN, a_BTHN = _rates(decay_BTC, iclr_BTC, self.w0, self.a0, heads)
+        log_w_BTHN, a_BTHN = (x.unflatten(-1, heads) for x in rates(decay_BTC, iclr_BTC, self.w0, self.a0))
         tokens = _without_padding(span, log_w_BTHN, k_BTGN, v_BTGN, _unit(_wide(k_BTGN)))
         return (r_BTHN, *tokens, a_BTHN), g_BTC
 
@@ -328,7 +325,7 @@ def prepared(
     """log W, scaled keys, values, kk and a, [B, T, H, N], of what the low-rank products and projections gave.
 
     `heads` is (H, N); `by_decay` says how keys are scaled, see `Rwkv7Options.key_scale`."""
-    u_BTHN, log_w_BTHN, a_BTHN = _rates(decay_BTC, iclr_BTC, w0_C, a0_C, heads)
+    log_w_BTHN, a_BTHN = (x.unflatten(-1, heads) for x in rates_reference(decay_BTC, iclr_BTC, w0_C, a0_C))
     repeats = heads[0] // k_BTGN.shape[2]
     k_BTHN = _wide(k_BTGN).repeat_interleave(repeats, 2)
     v_BTHN = v_BTGN.repeat_interleave(repeats, 2)
@@ -336,17 +333,9 @@ def prepared(
     if by_decay:
         k_BTHN = k_BTHN * (1 - log_w_BTHN.exp() + a_BTHN)
     else:
+        u_BTHN = (w0_C + _wide(decay_BTC)).unflatten(-1, heads)
         k_BTHN = k_BTHN * (1.5 - nn.functional.logsigmoid(u_BTHN) + a_BTHN)  # l = log sigmoid(u) - 1/2
     return log_w_BTHN, k_BTHN, v_BTHN, kk_BTHN, a_BTHN
-
-
-def _rates(
-    decay_BTC: Tensor, iclr_BTC: Tensor, w0_C: Tensor, a0_C: Tensor, heads: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """u, log W and a, [B, T, H, N]."""
-    u_BTHN = (w0_C + _wide(decay_BTC)).unflatten(-1, heads)
-    a_BTHN = torch.sigmoid(a0_C + _wide(iclr_BTC)).unflatten(-1, heads)
-    return u_BTHN, DECAY_FLOOR * torch.sigmoid(u_BTHN), a_BTHN
 
 
 def _unit(k: Tensor) -> Tensor:

@@ -22,10 +22,15 @@ def gated_gelu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
-    """As `gated_gelu_reference`: the kernels on a GPU in half precision, rounded once; the definition elsewhere."""
+    """As `gated_gelu_reference`: the kernels on a GPU in half precision, rounded once; the definition elsewhere. Where
+    nobody asks for gradients, both may be parts of wider rows."""
     if not fusable(gate, up):
         return gated_gelu_reference(gate, up)
-    return _GatedGelu.apply(gate, up)
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _GatedGelu.apply(gate, up)
+    from trihybrid.ops.gated_gelu.triton import forward
+
+    return forward(gate, up)
 
 
 def fusable(gate: Tensor, up: Tensor) -> bool:

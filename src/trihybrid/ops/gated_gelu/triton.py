@@ -12,15 +12,19 @@ TILE = 1024
 
 
 def forward(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate) up, for contiguous tensors of one shape."""
-    h = torch.empty_like(gate)
-    count = gate.numel()
-    _forward[(triton.cdiv(count, TILE),)](gate, up, h, count, TILE=TILE, num_warps=4)
+    """gelu(gate) up, contiguous, for tensors of one shape whose rows may lie apart."""
+    width, count = gate.shape[-1], gate.numel()
+    h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    gate, up = gate.reshape(-1, width), up.reshape(-1, width)
+    if count:
+        _forward[(triton.cdiv(count, TILE),)](
+            gate, up, h, count, width, gate.stride(0), up.stride(0), TILE=TILE, num_warps=4
+        )
     return h
 
 
 def backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up."""
+    """Gradients of gate and up. All contiguous."""
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     count = gate.numel()
     _backward[(triton.cdiv(count, TILE),)](grad, gate, up, grad_gate, grad_up, count, TILE=TILE, num_warps=4)
@@ -37,11 +41,11 @@ def _share(x):
 
 
 @triton.jit
-def _forward(gate, up, h, count, TILE: tl.constexpr):
+def _forward(gate, up, h, count, width, gate_stride, up_stride, TILE: tl.constexpr):
     place_R = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    there_R = place_R < count
-    x_R = tl.load(gate + place_R, there_R, other=0.0).to(tl.float32)
-    u_R = tl.load(up + place_R, there_R, other=0.0).to(tl.float32)
+    there_R, row_R, column_R = place_R < count, place_R // width, place_R % width
+    x_R = tl.load(gate + row_R * gate_stride + column_R, there_R, other=0.0).to(tl.float32)
+    u_R = tl.load(up + row_R * up_stride + column_R, there_R, other=0.0).to(tl.float32)
     share_R, _ = _share(x_R)
     tl.store(h + place_R, (x_R * share_R * u_R).to(h.dtype.element_ty), there_R)
 

@@ -10,7 +10,6 @@ it does not fit, these are torch's operators around `ops.wkv7.decode`.
 Legend: B sequences, H heads, G key/value heads, N head width, C = H N channels, P columns of the projections.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +17,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
 from trihybrid.ops.decode_product import Gain
+from trihybrid.ops.rates import DECAY_FLOOR
 from trihybrid.ops.wkv7.decode import wkv7_step_
 
 __all__ = ["WIDEST", "Recurrence", "fits", "recurrence_step"]
 
-DECAY_FLOOR = -math.exp(-0.5)
 WIDEST = 256  # a program holds whole columns of the state, in registers
 
 

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from trihybrid.ops.early import admit_next, await_former, early
-from trihybrid.ops.recurrence_step import DECAY_FLOOR, Recurrence
+from trihybrid.ops.rates import DECAY_FLOOR
+from trihybrid.ops.recurrence_step import Recurrence
 
 # Value columns and warps of a program: a narrow block where there are few heads, so that every processor gets some.
 NARROW, BROAD = (16, 4), (32, 4)

@@ -1,0 +1,47 @@
+"""Decay and in-context learning rate of RWKV-7 from what the low-rank products gave (arXiv 2503.14456).
+
+    log W = -exp(-1/2) sigmoid(w0 + decay)        a = sigmoid(a0 + iclr)
+
+From the pre-activations on both are float32: in half precision a W near one would lose its distance from one. In
+PyTorch that is seven passes over float32; the kernel reads half precision and writes the two results.
+
+Legend: B batch, T time, C channels.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["DECAY_FLOOR", "fusable", "rates", "rates_reference"]
+
+DECAY_FLOOR = -math.exp(-0.5)
+"""log W approaches this from above: about -0.6065."""
+
+
+def rates_reference(decay_BTC: Tensor, iclr_BTC: Tensor, w0_C: Tensor, a0_C: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition: float32, or float64 where the products are."""
+    wide = torch.float64 if decay_BTC.dtype == torch.float64 else torch.float32
+    log_w_BTC = DECAY_FLOOR * torch.sigmoid(w0_C + decay_BTC.to(wide))
+    return log_w_BTC, torch.sigmoid(a0_C + iclr_BTC.to(wide))
+
+
+def rates(decay_BTC: Tensor, iclr_BTC: Tensor, w0_C: Tensor, a0_C: Tensor) -> tuple[Tensor, Tensor]:
+    """log W and a, [B, T, C]: by the kernel on a GPU in half precision where nobody asks for gradients.
+
+    Args:
+        decay_BTC, iclr_BTC: what is added to the offsets.
+        w0_C, a0_C: the offsets, float32 or half precision.
+    """
+    if not fusable(decay_BTC, iclr_BTC, w0_C, a0_C):
+        return rates_reference(decay_BTC, iclr_BTC, w0_C, a0_C)
+    from trihybrid.ops.rates.triton import forward
+
+    return forward(decay_BTC.contiguous(), iclr_BTC.contiguous(), w0_C, a0_C)
+
+
+def fusable(decay_BTC: Tensor, iclr_BTC: Tensor, w0_C: Tensor, a0_C: Tensor) -> bool:
+    """Whether the kernel takes these: a GPU, half precision, no gradients wanted."""
+    half = all(x.dtype in (torch.bfloat16, torch.float16) for x in (decay_BTC, iclr_BTC))
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (decay_BTC, iclr_BTC, w0_C, a0_C))
+    return decay_BTC.is_cuda and half and not wanted
