@@ -187,6 +187,9 @@ class EngineBench:
     def alone(self, context: int, prefill: bool) -> None:
         """Rows at batch 1."""
         cuda = self._run.scale.device == "cuda"
+        if prefill and context < self._run.scale.long:
+            # What the first prompt of a length compiles is no part of its speed.
+            self._finish(self._prefill(context, 1)[0])
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated() if cuda else 0

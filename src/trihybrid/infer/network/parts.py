@@ -16,9 +16,10 @@ from torch.nn.functional import linear, rms_norm
 from transformers.activations import GELUTanh
 
 from trihybrid.infer.network.joining import Owned, join_outputs
-from trihybrid.mixers.rwkv7 import Prepare, prepared
+from trihybrid.mixers.rwkv7 import Prepare, Rates, prepared
 from trihybrid.ops.gated_gelu import gated_gelu
 from trihybrid.ops.placed_heads import fusable, placed_heads
+from trihybrid.ops.rates import rates, rates_reference
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 Table = tuple[Tensor, Tensor]
@@ -96,6 +97,7 @@ class Fusion:
     Attributes:
         normed, added, placed, gated: as above.
         prepared: of `mixers.rwkv7`.
+        rates: of `ops.rates`.
     """
 
     normed: Callable[[Tensor, Tensor | None, float], Tensor] = normed
@@ -103,11 +105,12 @@ class Fusion:
     placed: Callable[[Tensor, Tensor | None, float, Table | None], Tensor] = placed
     gated: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor] = gated
     prepared: Prepare = prepared
+    rates: Rates = rates_reference
 
     @classmethod
     def of_kernels(cls) -> "Fusion":
-        """Ours for the heads and the middle of an MLP, which are the largest; the same as plain off the GPU."""
-        return cls(placed=placed_at_once, gated=gated_at_once)
+        """Ours for heads, the middle of an MLP and rates, which are the largest; the same as plain off the GPU."""
+        return cls(placed=placed_at_once, gated=gated_at_once, rates=rates)
 
     @classmethod
     def compiled(cls) -> "Fusion":

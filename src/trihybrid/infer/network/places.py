@@ -187,6 +187,7 @@ class Chunk:
 
     def recur(self, matrix: Tensor, rwkv7: Rwkv7, x_BTD: Tensor) -> Tensor:
         state_BHNN = matrix[self._row : self._row + 1]
-        o_BTC, gate_BTC, after = rwkv7.recur(x_BTD, self.span, RecurrentState(state_BHNN), self.shared)
+        before = RecurrentState(state_BHNN)
+        o_BTC, gate_BTC, after = rwkv7.recur(x_BTD, self.span, before, self.shared, self.fusion.rates)
         state_BHNN.copy_(after.matrix_BHKV)
         return o_BTC * gate_BTC

@@ -4,7 +4,7 @@
 `start` where training starts.
 """
 
-from trihybrid.mixers.rwkv7.mixer import Operands, Prepare, Rwkv7, prepared
+from trihybrid.mixers.rwkv7.mixer import Operands, Prepare, Rates, Rwkv7, prepared
 from trihybrid.mixers.rwkv7.options import Rwkv7Options
 from trihybrid.mixers.rwkv7.revisions import REVISIONS, Revision
 from trihybrid.mixers.rwkv7.start import scaled_orthogonal, write_gate
@@ -13,6 +13,7 @@ __all__ = [
     "REVISIONS",
     "Operands",
     "Prepare",
+    "Rates",
     "Revision",
     "Rwkv7",
     "Rwkv7Options",

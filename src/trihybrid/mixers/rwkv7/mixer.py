@@ -35,7 +35,7 @@ from trihybrid.mixers.rwkv7.start import (
 )
 from trihybrid.mixers.span import Span
 from trihybrid.mixers.state import RecurrentState, State
-from trihybrid.ops.rates import rates, rates_reference
+from trihybrid.ops.rates.definition import rates_reference
 from trihybrid.ops.rotary.definition import rotate
 from trihybrid.ops.wkv7 import wkv7
 from trihybrid.ops.wkv7.grouped import wkv7_grouped
@@ -151,14 +151,20 @@ class Rwkv7(Mixer):
         return self.output(o_BTC * g_BTC), after
 
     def recur(
-        self, x_BTD: Tensor, span: Span, state: State | None, shared: Shared
+        self,
+        x_BTD: Tensor,
+        span: Span,
+        state: State | None,
+        shared: Shared,
+        rates: "Rates" = rates_reference,
     ) -> tuple[Tensor, Tensor, RecurrentState]:
-        """The mixer up to its output projection: normalised reads o and gate g, both [B, T, C], and the state."""
+        """The mixer up to its output projection: normalised reads o and gate g, both [B, T, C], and the state. `rates`
+        may be a kernel in the place of `rates_reference`; keys that are not shared do without."""
         if state is not None and not isinstance(state, RecurrentState):
             raise ValueError(f"rwkv7 needs a RecurrentState, got {type(state).__name__}")
         before_BHNN = None if state is None else state.matrix_BHKV
         if self.options.shares_keys and span.part is None:
-            tokens, g_BTC = self._grouped(x_BTD, span, shared)
+            tokens, g_BTC = self._grouped(x_BTD, span, shared, rates)
             o_BTHN, matrix_BHNN = wkv7_grouped(*tokens, before_BHNN, span.reset_BT, self.backend)
             return self._scaled(o_BTHN).flatten(-2).to(g_BTC.dtype), g_BTC, RecurrentState(matrix_BHNN)
         operands = self.operands(x_BTD, span, shared)
@@ -205,7 +211,7 @@ class Rwkv7(Mixer):
         return r_BTHN, k_BTGN, v_BTGN, decay_BTC, iclr_BTC, g_BTC
 
     def _grouped(
-        self, x_BTD: Tensor, span: Span, shared: Shared
+        self, x_BTD: Tensor, span: Span, shared: Shared, rates: "Rates"
     ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
         """What `ops.wkv7.grouped` takes of a block of tokens, and the gate."""
         heads = (self.options.heads, self.options.head_dim)
@@ -306,6 +312,7 @@ class Rwkv7(Mixer):
         return Cost(2 * products + 4 * matrix, 4 * matrix, 2 * weights + 4 * matrix)
 
 
+Rates = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Prepare = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, tuple[int, int], bool],
     tuple[Tensor, Tensor, Tensor, Tensor, Tensor],

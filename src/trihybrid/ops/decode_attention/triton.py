@@ -45,7 +45,8 @@ def launch(
     return o_BHD
 
 
-@triton.jit
+# One program for tables of every width, or the first prompt of a length would wait for a compiler.
+@triton.jit(do_not_specialize=["table_b", "parts"])
 def _part(
     q, keys, values, table, lengths, sums, norms, keys_p, keys_l, keys_g, values_p, values_l, values_g, table_b,
     scale, parts, heads, groups, LENGTH: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -88,7 +89,7 @@ def _part(
     tl.store(norms + at_R * 2 + 1, sum_R, mask=in_R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _join(sums, norms, o, parts, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     head = tl.program_id(0).to(tl.int64)
     wide_D, part_C = tl.arange(0, WIDTH), tl.arange(0, BLOCK)

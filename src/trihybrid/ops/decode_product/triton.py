@@ -21,6 +21,7 @@ from torch import Tensor
 from trihybrid.ops.decode_product import Before, Finish
 from trihybrid.ops.decode_product.sizes import RAISED, normed_sizes, product_sizes
 from trihybrid.ops.early import admit_next, await_former, early
+from trihybrid.ops.tanh import tanh
 
 NONE, GATED, TIMES, RANKED, LOGITS = (tl.constexpr(code) for code in range(5))
 KINDS = {"none": 0, "gated": 1, "times": 2, "ranks": 3, "logits": 4}
@@ -189,9 +190,9 @@ def _normed(
                 o_O = _activated(o_O, SILU) * other_O
             if KIND == RANKED:
                 is_tanh_O = (wide_O >= tanh_from) & (wide_O < sigmoid_from)
-                o_O = tl.where(is_tanh_O, _tanh(o_O), tl.where(wide_O < tanh_from, o_O, tl.sigmoid(o_O)))
+                o_O = tl.where(is_tanh_O, tanh(o_O), tl.where(wide_O < tanh_from, o_O, tl.sigmoid(o_O)))
             if CAPPED:
-                o_O = cap * _tanh(o_O / cap)
+                o_O = cap * tanh(o_O / cap)
             tl.store(o + row * outputs + wide_O, o_O.to(o.dtype.element_ty), mask=in_O)
 
 
@@ -201,11 +202,6 @@ def _tile(weight, start, outputs, width, block_O, wide_1D, in_1D):
     wide_O = start + block_O
     at_OD = wide_O.to(tl.int64)[:, None] * width + wide_1D
     return tl.load(weight + at_OD, mask=(wide_O < outputs)[:, None] & in_1D, other=0.0)
-
-
-@triton.jit
-def _tanh(x):
-    return 2 * tl.sigmoid(2 * x) - 1
 
 
 @triton.jit

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trihybrid.ops.tanh import tanh
+
 if TYPE_CHECKING:
     from trihybrid.ops.divergence.tables import Sums
 
@@ -62,18 +64,9 @@ def block_error(
 
 
 @triton.jit
-def _tanh(x):
-    """By exponentials where it is large, by its series where those would cancel."""
-    square = x * x
-    small = x * (1 + square * (-1 / 3 + square * (2 / 15 - square * (17 / 315))))
-    large = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)
-    return tl.where(square < 0.04, small, tl.where(x < 0, -large, large))
-
-
-@triton.jit
 def _shaped(raw, cap, over_temperature, CAPPED: tl.constexpr):
     if CAPPED:
-        raw = _tanh(raw / cap) * cap
+        raw = tanh(raw / cap) * cap
     return raw * over_temperature
 
 
@@ -142,6 +135,6 @@ def _block_error(
         t_R = _shaped(tl.load(teacher + line + column_R, there_R, other=0.0), cap, over_temperature, CAPPED)
         error_R -= tl.exp(t_R - tl.load(top_t + token)) * tl.load(factor_t + token)
     if CAPPED:
-        tanh_R = _tanh(raw_R / cap)
+        tanh_R = tanh(raw_R / cap)
         error_R *= 1 - tanh_R * tanh_R
     tl.store(error + line + column_R, (error_R * over_temperature).to(error.dtype.element_ty), there_R)

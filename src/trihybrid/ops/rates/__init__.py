@@ -8,22 +8,12 @@ PyTorch that is seven passes over float32; the kernel reads half precision and w
 Legend: B batch, T time, C channels.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
+from trihybrid.ops.rates.definition import DECAY_FLOOR, rates_reference
+
 __all__ = ["DECAY_FLOOR", "fusable", "rates", "rates_reference"]
-
-DECAY_FLOOR = -math.exp(-0.5)
-"""log W approaches this from above: about -0.6065."""
-
-
-def rates_reference(decay_BTC: Tensor, iclr_BTC: Tensor, w0_C: Tensor, a0_C: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition: float32, or float64 where the products are."""
-    wide = torch.float64 if decay_BTC.dtype == torch.float64 else torch.float32
-    log_w_BTC = DECAY_FLOOR * torch.sigmoid(w0_C + decay_BTC.to(wide))
-    return log_w_BTC, torch.sigmoid(a0_C + iclr_BTC.to(wide))
 
 
 def rates(decay_BTC: Tensor, iclr_BTC: Tensor, w0_C: Tensor, a0_C: Tensor) -> tuple[Tensor, Tensor]:
