@@ -7,10 +7,11 @@ import torch
 
 from trihybrid.ops.backend import Backend, choose, choose_for, register
 from trihybrid.ops.wkv7.chunked import wkv7_chunked
+from trihybrid.ops.wkv7.fla import fla_available, fla_takes, wkv7_fla
 from trihybrid.ops.wkv7.reference import wkv7_reference
 from trihybrid.ops.wkv7.triton import available, takes, wkv7_triton
 
-__all__ = ["wkv7", "wkv7_chunked", "wkv7_reference", "wkv7_triton"]
+__all__ = ["wkv7", "wkv7_chunked", "wkv7_fla", "wkv7_reference", "wkv7_triton"]
 
 
 def _anywhere(device: torch.device) -> str | None:
@@ -20,6 +21,8 @@ def _anywhere(device: torch.device) -> str | None:
 register(Backend("wkv7", "reference", wkv7_reference, _anywhere, priority=0))
 register(Backend("wkv7", "chunked", wkv7_chunked, _anywhere, priority=10))
 register(Backend("wkv7", "triton", wkv7_triton, available, priority=20, takes=takes))
+# Below the reference, which runs everywhere: never chosen unasked.
+register(Backend("wkv7", "fla", wkv7_fla, fla_available, priority=-1, takes=fla_takes))
 
 
 def wkv7(
@@ -46,10 +49,11 @@ def wkv7(
     state_BHKV: S_0, or None for zeros.
     reset_BT: bool, True at the first token of a document, where the state that enters is zero (S_0 too, at t = 1) and
         log_w acts on nothing; None for no resets.
-    backend: "reference", "chunked", "triton", or None for the best one on the device.
+    backend: "reference", "chunked", "triton", "fla" (fla-core's kernels, see `wkv7.fla`), or None for the best one
+        on the device.
 
     Computed in float64 when v is float64, else in float32, outside of autocast; "triton", which takes v in half
-    precision alone, multiplies float16 and adds up in float32.
+    precision alone, multiplies float16 and adds up in float32, "fla" multiplies in v's half precision.
     Returns (o_BTHV in the dtype of v, state_BHKV = S_T in the dtype of the computation).
     ValueError, naming the argument, for a wrong shape, dtype or device, and for an unknown backend.
     """
@@ -77,6 +81,8 @@ def wkv7(
     name = chosen(backend, v_BTHV.device.type, key_width, value_width, v_BTHV.dtype)
     if name == "triton":
         return wkv7_triton(*tokens, state_BHKV, reset_BT)
+    if name == "fla":
+        return wkv7_fla(*tokens, state_BHKV, reset_BT)
     if state_BHKV is None:
         state_BHKV = v_BTHV.new_zeros(state_shape, dtype=compute)
     return _widened(name, compute, (*tokens, state_BHKV), reset_BT)
