@@ -7,7 +7,7 @@
 Weights are random and made on the device; the student is the plan of the model card. One row a measurement, printed as
 JSON when it is there: decoding by each execution, at batch 1 behind 4,096 and 131,072 tokens and at batch 64 behind
 8,192, in milliseconds a step (medians, the host's share and the choice of a token included); prefill of as many tokens
-at batch 1; with --long, 1,000,000 tokens of context. `extra_GiB` is the peak of memory above what is held before:
+at batch 1, each length but the longest behind a prompt that is not timed; with --long, 1,000,000 tokens of context. `extra_GiB` is the peak of memory above what is held before:
 weights and states. `limit` of a decoding step is what its bytes alone would take at the rate of a copy in the same
 run: every weight but the per-layer table once, keys and values once, recurrences and rings twice. What does not fit
 into --seconds is left out, with a row that says so. The peer runs in a process of its own: transformers' static cache
@@ -101,7 +101,7 @@ def measure_engine(run: Run, part: str, long: bool) -> None:
         try:
             bench = EngineBench(run, part, model, execution, scale.batch, room)
             for context in scale.contexts:
-                if run.fits(15 if context < 100_000 else 25, part, f"{context} tokens"):
+                if run.fits(15 if context < 100_000 else 35, part, f"{context} tokens"):
                     bench.alone(context, prefill=not later)
             # The kernels leave so many sequences to the form of `fused-graph`.
             if execution != "kernels" and run.fits(25, part, f"batch {scale.batch}"):

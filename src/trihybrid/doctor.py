@@ -25,6 +25,7 @@ from trihybrid import __version__
 from trihybrid.ops.attention import attention
 from trihybrid.ops.backend import backends, choose
 from trihybrid.ops.divergence import softcapped_divergence
+from trihybrid.ops.rates import DECAY_FLOOR
 from trihybrid.ops.wkv7 import wkv7
 
 DISTRIBUTIONS = (
@@ -214,7 +215,7 @@ def _check_wkv7(device: torch.device) -> list[Check]:
     return [
         _check(f"wkv7 {backend.name}", device, dtype, partial(_wkv7_errors, backend.name, dtype))
         for backend in backends("wkv7")
-        if backend.available(device) is None
+        if not backend.foreign and backend.available(device) is None
         for dtype in CHECKED_DTYPES[device.type]
         if (backend.name, dtype) != ("reference", torch.float64)
         if backend.takes is None or backend.takes(WKV7_WIDTH, WKV7_WIDTH, dtype) is None
@@ -245,7 +246,7 @@ def _wkv7_inputs(dtype: torch.dtype, repeated: bool) -> dict[str, Tensor]:
     direction_BTHK = k_BTHK / k_BTHK.norm(dim=-1, keepdim=True)
     values = {
         "r": r_BTHK,
-        "log_w": -math.exp(-0.5) * w_BTHK.sigmoid(),
+        "log_w": DECAY_FLOOR * w_BTHK.sigmoid(),
         "k": direction_BTHK,
         "v": v_BTHV,
         "a": -direction_BTHK,

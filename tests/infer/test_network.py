@@ -13,6 +13,7 @@ import tiny_teachers
 from random_weights import randomise
 from small_student import make_student
 from trihybrid.infer.network import Network
+from trihybrid.infer.network.parts import Fusion
 from trihybrid.testing import relative_error
 
 LENGTH, PAGE = 26, 5
@@ -103,3 +104,22 @@ def test_chunks_of_any_size_are_the_forward_pass(name: str, chunk: int) -> None:
     network = Network(model, rows=1, length=PAGE)
     network.states.grow(8)
     assert relative_error(read(network, text, 0, [1, 2, 3, 4, 5, 6], chunk), wanted) < 1e-5
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_chunks_by_kernels_are_as_near_to_float32_as_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks longer than a window and shorter, of heads that the kernels take."""
+    model = tiny_gemma4.build_teacher(head_dim=32, global_head_dim=64, sliding_window=16).bfloat16()
+    randomise(model)
+    text, pages = tokens_of(5, model.config.vocab_size, 90), list(range(1, 20))
+
+    def behind(dtype: torch.dtype) -> Tensor:
+        network = Network(copy.deepcopy(model).to("cuda", dtype), rows=1, length=PAGE)
+        network.states.grow(20)
+        return torch.stack([read(network, text[:end], 0, pages, chunk) for end, chunk in ((90, 41), (64, 9))])
+
+    kernels, exact = behind(torch.bfloat16), behind(torch.float32)
+    monkeypatch.setattr(Fusion, "of_kernels", Fusion)
+    plain = relative_error(behind(torch.bfloat16), exact)
+    assert plain < 0.15 and relative_error(kernels, exact) <= 1.5 * plain

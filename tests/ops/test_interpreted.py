@@ -217,8 +217,17 @@ def test_gated_gelu_of_parts_of_rows(load, shape):
     module = load("trihybrid.ops.gated_gelu")
     gate, up = torch.randn(*shape[:-1], 2 * shape[-1]).chunk(2, -1)
     expected = module.gated_gelu_reference(gate, up)
-    assert not gate.is_contiguous() or shape[0] == 1
-    assert_close([module.gated_gelu(gate, up), module.gated_gelu(gate, up.contiguous())], [expected] * 2)
+    found = [module.gated_gelu(gate, up), module.gated_gelu(gate, up.contiguous())]
+    assert_close(found, [expected] * 2)
+    # Channels that lie apart, one row for all, and nothing at all.
+    turned = gate.mT.contiguous().mT
+    assert_close(
+        [module.gated_gelu(turned, up), module.gated_gelu(gate[..., ::2], up[..., ::2])],
+        [expected, expected[..., ::2]],
+    )
+    first = up[:1].expand_as(up)
+    assert_close([module.gated_gelu(gate, first)], [module.gated_gelu_reference(gate, first)])
+    assert module.gated_gelu(gate[:0], up[:0]).shape == gate[:0].shape
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 48), (1, 1, 3000), (1, 33, 64)])
@@ -232,6 +241,8 @@ def test_rates(load, shape):
     expected = module.rates_reference(decay.double(), iclr.double(), *offsets)
     assert_close(found, expected)
     assert float(found[0].min()) >= module.DECAY_FLOOR - 1e-7
+    apart = [torch.stack([offset, offset], 1)[:, 0] for offset in offsets]
+    assert_close(module.rates(decay, iclr, *apart), expected)
 
 
 @pytest.mark.parametrize(
@@ -248,4 +259,8 @@ def test_placed_heads(load, batch, length, heads, width, within):
     found = module.placed_heads(x, weight, 1e-6, cosine, sine)
     wider = [tensor.double() for tensor in (x, weight, cosine, sine)]
     expected = module.placed_heads_reference(wider[0], wider[1], 1e-6, *wider[2:])
+    assert_close([found], [expected])
+    # One table for all rows of a batch.
+    found = module.placed_heads(x, weight, 1e-6, cosine[:1], sine[:1])
+    expected = module.placed_heads_reference(wider[0], wider[1], 1e-6, wider[2][:1], wider[3][:1])
     assert_close([found], [expected])

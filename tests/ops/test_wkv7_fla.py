@@ -1,6 +1,9 @@
 """fla-core as a backend: what reaches its kernels, what comes back, and what is said about it."""
 
+import importlib.metadata
 import logging
+import sys
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -10,7 +13,7 @@ import torch
 from trihybrid.ops.backend import backends
 from trihybrid.ops.wkv7 import fla, wkv7
 from trihybrid.testing import relative_error
-from trihybrid.testing.wkv7_cases import make_inputs
+from trihybrid.testing.wkv7_cases import differentiate, make_inputs, make_weights
 
 VERSIONS = ("0.6.0", "0.4.1", "9.9.9")
 
@@ -31,27 +34,46 @@ def chunk_rwkv7(r, w, k, v, a, b, scale, initial_state, output_final_state, cu_s
 
 @pytest.fixture(autouse=True)
 def installed(monkeypatch):
-    monkeypatch.setattr(fla.importlib, "import_module", lambda name: SimpleNamespace(chunk_rwkv7=chunk_rwkv7))
-    monkeypatch.setattr(fla.importlib.metadata, "version", lambda name: VERSIONS[0])
+    for name in ("fla", "fla.ops", "fla.ops.rwkv7"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(chunk_rwkv7=chunk_rwkv7))
+    say_version(monkeypatch, VERSIONS[0])
     fla._warn.cache_clear()
     yield
     fla._warn.cache_clear()
 
 
+def say_version(monkeypatch, version):
+    real = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: version if name == "fla-core" else real(name)
+    )
+
+
 @pytest.mark.parametrize("resets", [None, ((0, 4), (3,)), ((), ()), ((0,), (0, 1, 8))])
 @pytest.mark.parametrize("stateful", [True, False])
-def test_documents_and_states(resets, stateful):
-    *tokens, state = make_inputs("random", (2, 9, 2, 4), dtype=torch.bfloat16)
-    state = state if stateful else None
+@pytest.mark.parametrize("kind", ["random", "repeated_keys"])
+def test_documents_states_and_gradients(kind, resets, stateful):
+    inputs = make_inputs(kind, (2, 9, 2, 4), dtype=torch.bfloat16)
+    inputs[6] = inputs[6] if stateful else None
     reset = None
     if resets is not None:
         reset = torch.zeros(2, 9, dtype=torch.bool)
         for row, starts in enumerate(resets):
             reset[row, list(starts)] = True
-    found = fla.wkv7_fla(*tokens, state, reset)
-    expected = wkv7(*tokens, state, reset, "reference")
+    weights = make_weights((2, 9, 2, 4), inputs[3])
+    found, expected = (
+        results(function, inputs, reset, weights)
+        for function in (fla.wkv7_fla, partial(wkv7, backend="reference"))
+    )
     for x, y in zip(found, expected, strict=True):
-        assert x.shape == y.shape and x.dtype == y.dtype and relative_error(x, y) < 1e-6
+        assert x is y is None or (x.shape == y.shape and x.dtype == y.dtype)
+        assert x is None or relative_error(x, y) < 1e-6
+
+
+def results(function, inputs, reset, weights):
+    """Outputs, final state, and all gradients."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    return differentiate(*function(*leaves, reset), leaves, weights)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +85,7 @@ def test_documents_and_states(resets, stateful):
     ],
 )
 def test_what_is_known_is_said_once(monkeypatch, caplog, version, words):
-    monkeypatch.setattr(fla.importlib.metadata, "version", lambda name: version)
+    say_version(monkeypatch, version)
     *tokens, _ = make_inputs("random", (1, 3, 1, 4), dtype=torch.bfloat16)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -72,8 +94,8 @@ def test_what_is_known_is_said_once(monkeypatch, caplog, version, words):
 
 
 def test_never_chosen_unasked():
-    assert backends("wkv7")[-1].name == "fla"
-    assert [backend.name for backend in backends("wkv7")][-2] == "reference"
+    (own,) = (backend for backend in backends("wkv7") if backend.name == "fla")
+    assert own.foreign
 
 
 def test_refused_off_a_gpu():

@@ -26,6 +26,7 @@ class Backend:
     priority: among the available backends of an operator the highest priority is taken when no name is asked for.
     takes: given what the operator says of a call (its sizes and dtypes), None when the backend can work on it, else the
         reason why it cannot; None for a backend that takes all that its operator does.
+    foreign: somebody else's, for comparisons: taken by name alone, and not examined by `doctor`.
     """
 
     operator: str
@@ -34,6 +35,7 @@ class Backend:
     available: Callable[[torch.device], str | None]
     priority: int
     takes: Callable[..., str | None] | None = None
+    foreign: bool = False
 
 
 _registry: dict[tuple[str, str], Backend] = {}
@@ -92,7 +94,7 @@ def choose_for(operator: str, name: str | None, device: torch.device, *call: obj
 def _next(operator: str, device_type: str, refusing: str, reason: str) -> Backend:
     """The backend after one that does not take a call."""
     device = torch.device(device_type)
-    usable = [backend for backend in backends(operator) if backend.available(device) is None]
+    usable = [b for b in backends(operator) if not b.foreign and b.available(device) is None]
     after = [backend.name for backend in usable].index(refusing) + 1
     chosen = next((backend for backend in usable[after:] if backend.takes is None), None)
     if chosen is None:
@@ -120,8 +122,9 @@ def _choose(operator: str, name: str | None, device_type: str) -> Backend:
             f"backend {name!r} of operator {operator!r} is not available on {device_type}: {reasons[name]}; "
             f"available: {names}"
         )
-    if not usable:
+    own = [backend for backend in usable if not backend.foreign]
+    if not own and name is None:
         raise ValueError(f"operator {operator!r} has no backend available on {device_type}: {reasons}")
-    chosen = usable[0] if name is None else next(backend for backend in usable if backend.name == name)
+    chosen = own[0] if name is None else next(backend for backend in usable if backend.name == name)
     logger.info("operator %s on %s: backend %s", operator, device_type, chosen.name)
     return chosen

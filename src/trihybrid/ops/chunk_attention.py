@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from trihybrid.ops.sliding_attention.flash import no_flash, takes_flash
+from trihybrid.ops.sliding_attention.flash import flash_end, no_flash, takes_flash
 
 PAIRS = 2**21
 """Query-key pairs that are masked at a time, heads of a group counted."""
@@ -44,8 +44,8 @@ def chunk_attention(
     half = q_BTHD.is_cuda and q_BTHD.dtype in (torch.bfloat16, torch.float16)
     if half and (window is None or window >= total):
         return _fused(q_BTHD, k_BSGD, v_BSGD, scale)
-    if half and window is not None and takes_windows(q_BTHD):
-        return window_flash(q_BTHD, k_BSGD, v_BSGD, window, scale)
+    if half and window is not None and _takes_flash(q_BTHD):
+        return flash_end(q_BTHD, k_BSGD, v_BSGD, window, scale)
     if half and window is not None and length > window:
         return window_blocks(q_BTHD, k_BSGD, v_BSGD, window, scale)
     groups, repeats = k_BSGD.shape[2], q_BTHD.shape[2] // k_BSGD.shape[2]
@@ -72,20 +72,6 @@ def chunk_attention(
         )
         o_BGRTD = o_BGQD.unflatten(2, (repeats, end - start))
         o_BTHD[:, start:end] = o_BGRTD.permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return o_BTHD
-
-
-def takes_windows(q_BTHD: Tensor) -> bool:
-    """Whether `window_flash` takes queries like these."""
-    return no_flash(q_BTHD.device) is None and takes_flash(q_BTHD.shape[-1], q_BTHD.dtype) is None
-
-
-def window_flash(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, window: int, scale: float) -> Tensor:
-    """`chunk_attention` with a window, by FlashAttention: its last query stands at its last key."""
-    o_BTHD, *_ = torch.ops.aten._flash_attention_forward(
-        q_BTHD, k_BSGD, v_BSGD, None, None, q_BTHD.shape[1], k_BSGD.shape[1], 0.0, False, False,
-        scale=scale, window_size_left=window - 1, window_size_right=0,
-    )  # fmt: skip
     return o_BTHD
 
 
@@ -148,3 +134,7 @@ def _rows(length: int, total: int, window: int | None, pairs: int) -> int:
     if window is None:
         return max(1, min(length, pairs // total))
     return max(1, min(length, window, pairs // (2 * window)))
+
+
+def _takes_flash(q_BTHD: Tensor) -> bool:
+    return no_flash(q_BTHD.device) is None and takes_flash(q_BTHD.shape[-1], q_BTHD.dtype) is None

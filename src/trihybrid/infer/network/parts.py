@@ -18,7 +18,8 @@ from transformers.activations import GELUTanh
 from trihybrid.infer.network.joining import Owned, join_outputs
 from trihybrid.mixers.rwkv7 import Prepare, Rates, prepared
 from trihybrid.ops.gated_gelu import gated_gelu
-from trihybrid.ops.placed_heads import fusable, placed_heads
+from trihybrid.ops.placed_heads import fusable as placeable
+from trihybrid.ops.placed_heads import placed_heads
 from trihybrid.ops.rates import rates, rates_reference
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -80,7 +81,7 @@ def gated(gate: Tensor, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Te
 
 def placed_at_once(x_BTHN: Tensor, weight: Tensor | None, epsilon: float, table: Table | None) -> Tensor:
     """`placed`, by one kernel where there is one."""
-    if weight is None or table is None or not fusable(x_BTHN):
+    if weight is None or table is None or not placeable(x_BTHN):
         return placed(x_BTHN, weight, epsilon, table)
     return placed_heads(x_BTHN, weight, epsilon, *table)
 

@@ -40,12 +40,13 @@ def launch(
         num_warps=4 if width <= 256 else 8, num_stages=2,
     )  # fmt: skip
     _join[(batch * heads,)](
-        sums_BHCD, norms_BHC2, o_BHD, parts, WIDTH=width, BLOCK=triton.next_power_of_2(parts), num_warps=4
-    )
+        sums_BHCD, norms_BHC2, o_BHD, parts, WIDTH=width, BLOCK=triton.next_power_of_2(PROGRAMS * processors),
+        num_warps=4,
+    )  # fmt: skip
     return o_BHD
 
 
-# One program for tables of every width, or the first prompt of a length would wait for a compiler.
+# One program for tables of every width, here and below, or the first prompt of a length would wait for a compiler.
 @triton.jit(do_not_specialize=["table_b", "parts"])
 def _part(
     q, keys, values, table, lengths, sums, norms, keys_p, keys_l, keys_g, values_p, values_l, values_g, table_b,

@@ -34,8 +34,9 @@ def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def fusable(gate: Tensor, up: Tensor) -> bool:
-    """Whether the kernels take these."""
-    return gate.is_cuda and gate.dtype in (torch.bfloat16, torch.float16) and up.dtype == gate.dtype
+    """Whether the kernels take these: a GPU, half precision, one shape."""
+    alike = up.dtype == gate.dtype and up.shape == gate.shape
+    return gate.is_cuda and gate.dtype in (torch.bfloat16, torch.float16) and alike
 
 
 class _GatedGelu(torch.autograd.Function):

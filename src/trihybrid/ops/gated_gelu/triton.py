@@ -1,6 +1,6 @@
 """The kernels of `gated_gelu`, in float32 from what they read to what they write.
 
-Legend: R elements of a program.
+Legend: R elements of a program, or rows; F channels of a row.
 """
 
 import torch
@@ -12,15 +12,29 @@ TILE = 1024
 
 
 def forward(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate) up, contiguous, for tensors of one shape whose rows may lie apart."""
-    width, count = gate.shape[-1], gate.numel()
+    """gelu(gate) up, contiguous, for tensors of one shape. Rows may lie apart; other strides are copied."""
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    gate, up = gate.reshape(-1, width), up.reshape(-1, width)
+    count = gate.numel()
     if count:
+        gate_RF, up_RF = _rows(gate), _rows(up)
         _forward[(triton.cdiv(count, TILE),)](
-            gate, up, h, count, width, gate.stride(0), up.stride(0), TILE=TILE, num_warps=4
+            gate_RF,
+            up_RF,
+            h,
+            count,
+            gate_RF.shape[1],
+            gate_RF.stride(0),
+            up_RF.stride(0),
+            TILE=TILE,
+            num_warps=4,
         )
     return h
+
+
+def _rows(x: Tensor) -> Tensor:
+    x = torch.atleast_1d(x)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x.reshape(-1, x.shape[-1])
 
 
 def backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,8 @@ def placed_heads_reference(
 def placed_heads(
     x_BTHN: Tensor, weight_N: Tensor, epsilon: float, cosine_BT1N: Tensor, sine_BT1N: Tensor
 ) -> Tensor:
-    """[B, T, H, N] in x's dtype, without a gradient: by the kernel where x is `fusable`.
+    """[B, T, H, N] in x's dtype: by the kernel where x is `fusable`, which wants no gradient. Shapes that do not go
+    together are torch's RuntimeError.
 
     Args:
         x_BTHN: queries or keys; heads lie one behind the other.
@@ -39,12 +40,15 @@ def placed_heads(
         return placed_heads_reference(x_BTHN, weight_N, epsilon, cosine_BT1N, sine_BT1N)
     from trihybrid.ops.placed_heads.triton import forward
 
-    return forward(x_BTHN, weight_N, epsilon, cosine_BT1N.contiguous(), sine_BT1N.contiguous())
+    batch, length, _, width = x_BTHN.shape
+    table = (part.expand(batch, length, 1, width).contiguous() for part in (cosine_BT1N, sine_BT1N))
+    return forward(x_BTHN, weight_N.expand(width).contiguous(), epsilon, *table)
 
 
 def fusable(x_BTHN: Tensor) -> bool:
     """Whether the kernel takes these heads: a GPU, half precision, N a power of two from 16 to 512, one behind the
-    other."""
+    other, and nobody who asks for their gradient."""
     width = x_BTHN.shape[-1]
     fits = 16 <= width <= WIDEST and width & (width - 1) == 0 and x_BTHN.stride()[2:] == (width, 1)
-    return fits and x_BTHN.is_cuda and x_BTHN.dtype in (torch.bfloat16, torch.float16)
+    wanted = torch.is_grad_enabled() and x_BTHN.requires_grad
+    return fits and not wanted and x_BTHN.is_cuda and x_BTHN.dtype in (torch.bfloat16, torch.float16)

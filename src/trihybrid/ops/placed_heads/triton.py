@@ -28,7 +28,7 @@ def forward(
     return y_BTHN
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _forward(
     x, weight, cosine, sine, y, count, stride, epsilon, HEADS: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr,

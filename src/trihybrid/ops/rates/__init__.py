@@ -22,16 +22,19 @@ def rates(decay_BTC: Tensor, iclr_BTC: Tensor, w0_C: Tensor, a0_C: Tensor) -> tu
     Args:
         decay_BTC, iclr_BTC: what is added to the offsets.
         w0_C, a0_C: the offsets, float32 or half precision.
+
+    Shapes that do not go together are torch's RuntimeError.
     """
     if not fusable(decay_BTC, iclr_BTC, w0_C, a0_C):
         return rates_reference(decay_BTC, iclr_BTC, w0_C, a0_C)
     from trihybrid.ops.rates.triton import forward
 
-    return forward(decay_BTC.contiguous(), iclr_BTC.contiguous(), w0_C, a0_C)
+    return forward(*(x.contiguous() for x in (decay_BTC, iclr_BTC, w0_C, a0_C)))
 
 
 def fusable(decay_BTC: Tensor, iclr_BTC: Tensor, w0_C: Tensor, a0_C: Tensor) -> bool:
-    """Whether the kernel takes these: a GPU, half precision, no gradients wanted."""
+    """Whether the kernel takes these: a GPU, half precision, shapes that fit, no gradients wanted."""
     half = all(x.dtype in (torch.bfloat16, torch.float16) for x in (decay_BTC, iclr_BTC))
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (decay_BTC, iclr_BTC, w0_C, a0_C))
-    return decay_BTC.is_cuda and half and not wanted
+    fit = decay_BTC.shape == iclr_BTC.shape and w0_C.shape == a0_C.shape == decay_BTC.shape[-1:]
+    return decay_BTC.is_cuda and half and fit and not wanted

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize
 
 from trihybrid.ops.decode_product import Gain
-from trihybrid.ops.rates import DECAY_FLOOR
+from trihybrid.ops.rates import rates_reference
 from trihybrid.ops.wkv7.decode import wkv7_step_
 
 __all__ = ["WIDEST", "Recurrence", "fits", "recurrence_step"]
@@ -86,11 +86,15 @@ def recurrence_step(
         r_BHN, k_BGN = recurrence.r_gain(r_BHN), recurrence.k_gain(k_BGN)
     k_BHN, v_BHN = (x.repeat_interleave(heads // groups, 1).to(kind) for x in (k_BGN, v_BGN))
     iclr_BC, decay_BC, gate_BC = raised_BP[:, : 3 * channels].chunk(3, -1)
-    u_BHN = (recurrence.w0.to(kind) + decay_BC).unflatten(-1, (heads, width))
-    a_BHN = torch.sigmoid(recurrence.a0.to(kind) + iclr_BC).unflatten(-1, (heads, width))
-    log_w_BHN = DECAY_FLOOR * torch.sigmoid(u_BHN)
+    w0_C, a0_C, decay_BC, iclr_BC = (x.to(kind) for x in (recurrence.w0, recurrence.a0, decay_BC, iclr_BC))
+    log_w_BHN, a_BHN = (
+        x.unflatten(-1, (heads, width)) for x in rates_reference(decay_BC, iclr_BC, w0_C, a0_C)
+    )
     kk_BHN = normalize(k_BHN, dim=-1, eps=1e-12)
-    lost_BHN = 1 - log_w_BHN.exp() if recurrence.by_decay else 1.5 - logsigmoid(u_BHN)
+    if recurrence.by_decay:
+        lost_BHN = 1 - log_w_BHN.exp()
+    else:
+        lost_BHN = 1.5 - logsigmoid(w0_C + decay_BC).unflatten(-1, (heads, width))
     k_BHN = k_BHN * (lost_BHN + a_BHN)
     r_BHN = r_BHN.to(kind)
     removed_BHN = kk_BHN * a_BHN

@@ -3,7 +3,7 @@
 `scaled_dot_product_attention` does not hand a window to them, and torch 2.11's `varlen_attn` no grouped heads; the
 operator below both takes the two, with its gradient.
 
-Legend: B batch, T time, H query heads, G key/value heads, D head width.
+Legend: B batch, T time, S keys, H query heads, G key/value heads, D head width.
 """
 
 import torch
@@ -45,3 +45,18 @@ def flash(
         scale=scale, window_size_left=window - 1, window_size_right=0,
     )  # fmt: skip
     return output_XHD.unflatten(0, q_BTHD.shape[:2])
+
+
+def flash_end(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, window: int, scale: float) -> Tensor:
+    """[B, T, H, D] of the last T of S tokens, each over the `window` tokens that end with itself.
+
+    Args:
+        q_BTHD: queries, half precision; head h reads h // (H / G).
+        k_BSGD, v_BSGD: keys and values, oldest first, S >= T.
+        window, scale: as in `sliding_attention`.
+    """
+    output_BTHD, *_ = torch.ops.aten._flash_attention_forward(
+        q_BTHD, k_BSGD, v_BSGD, None, None, q_BTHD.shape[1], k_BSGD.shape[1], 0.0, False, False,
+        scale=scale, window_size_left=window - 1, window_size_right=0,
+    )  # fmt: skip
+    return output_BTHD

@@ -21,8 +21,7 @@ def _anywhere(device: torch.device) -> str | None:
 register(Backend("wkv7", "reference", wkv7_reference, _anywhere, priority=0))
 register(Backend("wkv7", "chunked", wkv7_chunked, _anywhere, priority=10))
 register(Backend("wkv7", "triton", wkv7_triton, available, priority=20, takes=takes))
-# Below the reference, which runs everywhere: never chosen unasked.
-register(Backend("wkv7", "fla", wkv7_fla, fla_available, priority=-1, takes=fla_takes))
+register(Backend("wkv7", "fla", wkv7_fla, fla_available, priority=0, takes=fla_takes, foreign=True))
 
 
 def wkv7(

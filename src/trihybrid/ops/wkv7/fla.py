@@ -8,7 +8,6 @@ Shapes: B batch, T time, H heads, K key width, V value width, N documents.
 
 import importlib
 import importlib.metadata
-import importlib.util
 import logging
 from functools import cache
 
@@ -30,7 +29,9 @@ def fla_available(device: torch.device) -> str | None:
     """None on a GPU with fla-core, else what is missing."""
     if device.type != "cuda":
         return "its kernels are for GPUs"
-    if importlib.util.find_spec("fla") is None:
+    try:
+        importlib.metadata.version("fla-core")
+    except importlib.metadata.PackageNotFoundError:
         return "fla-core is not installed; pip install 'trihybrid[fla]'"
     return None
 
@@ -54,7 +55,8 @@ def wkv7_fla(
     reset_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `wkv7`, with v in half precision and the others rounded to its dtype; the state is float32. What is known of
-    the installed version is logged as a warning, once."""
+    the installed version is logged as a warning, once. Where documents begin has to be known on the host: with `reset`
+    a call waits for the device, and no CUDA graph can record it."""
     _warn()
     function = importlib.import_module("fla.ops.rwkv7").chunk_rwkv7
     tokens = [x.to(v_BTHV.dtype) for x in (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)]
