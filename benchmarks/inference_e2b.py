@@ -7,11 +7,12 @@
 Weights are random and made on the device; the student is the plan of the model card. One row a measurement, printed as
 JSON when it is there: decoding by each execution, at batch 1 behind 4,096 and 131,072 tokens and at batch 64 behind
 8,192, in milliseconds a step (medians, the host's share and the choice of a token included); prefill of as many tokens
-at batch 1, each length but the longest behind a prompt that is not timed; with --long, 1,000,000 tokens of context. `extra_GiB` is the peak of memory above what is held before:
-weights and states. `limit` of a decoding step is what its bytes alone would take at the rate of a copy in the same
-run: every weight but the per-layer table once, keys and values once, recurrences and rings twice. What does not fit
-into --seconds is left out, with a row that says so. The peer runs in a process of its own: transformers' static cache
-and compiled step, and its dynamic cache for prefill. Exits with 1 when a row breaks a target.
+at batch 1, each length but the longest behind a prompt that is not timed; with --long, 1,000,000 tokens of context.
+`extra_GiB` is the peak of memory above what is held before: weights and states. `limit` of a decoding step is what its
+bytes alone would take at the rate of a copy in the same run: every weight but the per-layer table once, keys and values
+once, recurrences and rings twice. What does not fit into --seconds is left out, with a row that says so. The peer runs
+in a process of its own: transformers' static cache and compiled step, and its dynamic cache for prefill. Exits with 1
+when a row breaks a target.
 """
 
 import argparse
