@@ -88,7 +88,7 @@ def main() -> int:
         if "times" in parts:
             rows += note(row for name, decoder in decoders.items() for row in time_rows(name, decoder))
         if "profile" in parts:
-            show_profile(decoders[names[-1]])
+            rows += profile_rows(names[-1], decoders[names[-1]])
     if given.json is not None:
         given.json.mkdir(parents=True, exist_ok=True)
         (given.json / "decode_step.json").write_text(json.dumps(rows, indent=2) + "\n")
@@ -201,8 +201,8 @@ def time_rows(name: str, decoder: GraphDecoder) -> Iterator[Row]:
         }
 
 
-def show_profile(decoder: GraphDecoder) -> None:
-    """Print the kernels of a replayed step."""
+def profile_rows(name: str, decoder: GraphDecoder) -> list[Row]:
+    """The kernels of a replayed step, printed as a table."""
     decoder([5], [CONTEXTS[0]], [list(range(1, CONTEXTS[0] // PAGE + 2))])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         decoder.last_graph.replay()
@@ -210,12 +210,16 @@ def show_profile(decoder: GraphDecoder) -> None:
     kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     if not kernels:
         print("profile: the profiler saw no kernel")
-        return
+        return []
     span = max(e.time_range.end for e in kernels) - min(e.time_range.start for e in kernels)
     print(f"profile: {len(kernels)} kernels in {span:.0f} us")
-    for name in sorted({e.name for e in kernels}):
-        own = [e.time_range.elapsed_us() for e in kernels if e.name == name]
-        print(f"{sum(own):9.1f} us {len(own):5d} x {statistics.mean(own):8.2f}  {name[:90]}")
+    rows: list[Row] = []
+    for kernel in sorted({e.name for e in kernels}):
+        own = [e.time_range.elapsed_us() for e in kernels if e.name == kernel]
+        print(f"{sum(own):9.1f} us {len(own):5d} x {statistics.mean(own):8.2f}  {kernel[:90]}")
+        row = {"kernel": kernel, "launches": len(own), "microseconds": sum(own), "step_microseconds": span}
+        rows.append({"benchmark": "decode_step", "execution": name} | row)
+    return rows
 
 
 if __name__ == "__main__":
