@@ -1,6 +1,7 @@
 """fla-core as a backend: what reaches its kernels, what comes back, and what is said about it."""
 
 import importlib.metadata
+import importlib.util
 import logging
 import sys
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from trihybrid.ops.backend import backends
 from trihybrid.ops.wkv7 import fla, wkv7
 from trihybrid.testing import relative_error
-from trihybrid.testing.wkv7_cases import differentiate, make_inputs, make_weights
+from trihybrid.testing.wkv7_cases import answer, differentiate, make_inputs, make_weights
 
 VERSIONS = ("0.6.0", "0.4.1", "9.9.9")
 
@@ -33,7 +34,10 @@ def chunk_rwkv7(r, w, k, v, a, b, scale, initial_state, output_final_state, cu_s
 
 
 @pytest.fixture(autouse=True)
-def installed(monkeypatch):
+def installed(request, monkeypatch):
+    if "gpu" in request.keywords:
+        yield
+        return
     for name in ("fla", "fla.ops", "fla.ops.rwkv7"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(chunk_rwkv7=chunk_rwkv7))
     say_version(monkeypatch, VERSIONS[0])
@@ -107,3 +111,24 @@ def test_refused_off_a_gpu():
 def test_takes_half_precision():
     assert fla.fla_takes(64, 64, torch.bfloat16) is None
     assert "torch.float32" in str(fla.fla_takes(64, 64, torch.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="needs fla-core")
+@pytest.mark.parametrize("stateful", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_kernels_themselves(stateful, packed):
+    """As far off as the benchmark finds them, on two rows with a state and with documents."""
+    shape = (2, 200, 2, 64)
+    inputs = make_inputs("random", shape, 0, "cuda", torch.bfloat16)
+    inputs[6] = inputs[6] if stateful else None
+    reset = None
+    if packed:
+        reset = torch.zeros(shape[:2], dtype=torch.bool, device="cuda")
+        reset[0, [0, 70]] = reset[1, [33, 34]] = True
+    weights = make_weights(shape, inputs[3])
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    found = differentiate(*wkv7(*leaves, reset, backend="fla"), leaves, weights)
+    for x, y in zip(found, answer(inputs, reset, weights), strict=True):
+        assert x is None or relative_error(x, y) < 3e-2
