@@ -29,6 +29,7 @@ from torch import Tensor
 from trihybrid.infer.execution import Decoder, EagerDecoder, GraphDecoder, make_decoder
 from trihybrid.infer.kernels import KernelStep
 from trihybrid.infer.network import Network
+from trihybrid.testing import relative_error
 
 Row = dict[str, Any]
 
@@ -132,11 +133,6 @@ def put(network: Network, kept: list[Tensor]) -> None:
         tensor.copy_(value)
 
 
-def off(found: Tensor, wanted: Tensor) -> float:
-    """Relative rms error."""
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
-
-
 def error_rows(network: Network, wide: Network, decoders: dict[str, Decoder], seen: int) -> Iterator[Row]:
     """Every execution against float32, from the same states on."""
     generator = torch.Generator().manual_seed(3)
@@ -159,8 +155,10 @@ def error_rows(network: Network, wide: Network, decoders: dict[str, Decoder], se
                 "benchmark": "decode_step",
                 "execution": name,
                 "batch": batch,
-                "logits": [off(own, right) for own, right in zip(found, wanted, strict=True)],
-                "states": max(off(own, right) for own, right in zip(stores(network), after, strict=True)),
+                "logits": [relative_error(own, right) for own, right in zip(found, wanted, strict=True)],
+                "states": max(
+                    relative_error(own, right) for own, right in zip(stores(network), after, strict=True)
+                ),
             }
 
 

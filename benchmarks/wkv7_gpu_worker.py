@@ -27,6 +27,7 @@ from triton.testing import do_bench
 
 from trihybrid.ops.rates import DECAY_FLOOR
 from trihybrid.ops.wkv7 import wkv7
+from trihybrid.ops.wkv7.fla import in_fla_terms
 from trihybrid.ops.wkv7.triton import wkv7_triton, wkv7_triton_grouped
 from trihybrid.testing.wkv7_cases import (
     answer,
@@ -135,14 +136,9 @@ def operators(name: str) -> dict[str, Operator]:
 def peer(
     function: Callable[..., tuple[Tensor, Tensor]], options: dict[str, Any], *arguments: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """fla's operator in our terms. Documents only in one row, the first of which begins at its start."""
+    """fla's operator in our terms, in a mode of it."""
     *tokens, state, reset = arguments
-    if reset is None:
-        return function(*tokens, scale=1.0, initial_state=state, output_final_state=True, **options)
-    starts = reset[0].nonzero().flatten()
-    ends = torch.cat((starts, starts.new_tensor([reset.shape[1]])))
-    o, final = function(*tokens, scale=1.0, output_final_state=True, cu_seqlens=ends, **options)
-    return o, final[-1:]
+    return in_fla_terms(functools.partial(function, **options), tokens, state, reset)
 
 
 def median_ms(call: Callable[[], Any]) -> float:

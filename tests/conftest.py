@@ -9,11 +9,20 @@ import torch
 from hypothesis import settings
 
 import micro_run as micro_commands
+from interpreted import load  # noqa: F401, a fixture for all rooms
 
 settings.register_profile("trihybrid", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("trihybrid")
 # One thread a process: the suite runs in two processes, and threads that wait for each other only burn the cores.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True)

@@ -80,6 +80,13 @@ def test_a_backend_is_not_blamed_for_a_dtype_that_it_does_not_take(
     assert not any("halves" in check.name for check in examination.checks)
 
 
+def test_a_foreign_backend_is_not_examined(register: Callable[[registry.Backend], None]) -> None:
+    register(dataclasses.replace(broken(late_error), foreign=True))
+    examination = doctor.examine()
+    assert examination.healthy
+    assert not any("broken" in check.name for check in examination.checks)
+
+
 def late_error(function: Callable, *arguments: object) -> tuple:
     """One number in 25,600 is off by one, in the last token."""
     o_BTHV, state_BHKV = function(*arguments)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import trihybrid
-from interpreted import load  # noqa: F401
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ def test_only_classes_change(make_teacher, make_student, block) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_it_is_the_same_mlp_up_to_rounding(make_teacher, make_student) -> None:
     teacher = make_teacher(torch.bfloat16).cuda()
     mlp = teacher.model.layers[0].mlp

@@ -93,7 +93,6 @@ def test_a_recurrence_in_float32_is_not_recorded(make_teacher, make_student) -> 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_recording_is_what_it_records(make_teacher, make_student) -> None:
     """To the bit, in the form that the batch has in the recording; the loss is also the plain one, up to the rounding
     of attention with and without borders."""

@@ -174,7 +174,6 @@ def mapped_file(tensor: Tensor) -> str:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_page_locked_rows_outlive_their_copies() -> None:
     """Many steps back to back, made while the device is still at the first one: whose memory is used again too early
     arrives with the rows of a later step."""
@@ -195,7 +194,6 @@ def test_page_locked_rows_outlive_their_copies() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("graph", [False, True])
 def test_a_stage_on_a_gpu_is_the_same_to_the_bit(make_teacher, make_student, make_batch, graph) -> None:
     """Losses of several steps, with the rows made ahead by another thread; the table itself is not on the GPU."""

@@ -49,6 +49,18 @@ def test_a_backend_registered_later_is_seen(operator: str) -> None:
     assert choose(operator, None, CPU).name == "faster"
 
 
+def test_a_foreign_backend_is_taken_by_name_alone(operator: str) -> None:
+    """Neither as the best one, nor where the best one does not take a call, nor where there is no other."""
+    register(Backend("add", "theirs", torch.add, anywhere, priority=8, foreign=True))
+    register(Backend("add", "narrow", torch.add, anywhere, priority=9, takes=narrow))
+    assert choose(operator, "theirs", CPU).name == "theirs"
+    assert choose(operator, None, CPU).name == "narrow"
+    assert choose_for(operator, None, CPU, 65).name == "fast"
+    register(Backend("multiply", "theirs", torch.mul, anywhere, priority=0, foreign=True))
+    with pytest.raises(ValueError, match="'multiply' has no backend available on cpu"):
+        choose("multiply", None, CPU)
+
+
 def test_an_unavailable_backend_is_an_error_with_its_reason(operator: str) -> None:
     with pytest.raises(ValueError, match=r"'fused'.*'add'.*no compiler for cpu.*\['fast', 'slow'\]"):
         choose(operator, "fused", CPU)

@@ -45,7 +45,6 @@ def test_a_cpu_is_not_for_the_kernels() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("heads", "groups", "width"), [(8, 4, 64), (6, 2, 16), (3, 3, 128), (5, 1, 256)])
 def test_the_kernels_are_the_definition(heads: int, groups: int, width: int) -> None:
     torch.manual_seed(0)

@@ -112,7 +112,6 @@ def test_a_cpu_is_not_for_the_kernels() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("width", [64, 512])
 def test_a_gated_branch_on_a_gpu(width: int) -> None:
     torch.manual_seed(0)
@@ -130,7 +129,6 @@ def test_a_gated_branch_on_a_gpu(width: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("width", [64, 512])
 @pytest.mark.parametrize("blended", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])

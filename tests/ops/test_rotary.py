@@ -95,7 +95,6 @@ def test_a_cpu_is_not_for_the_kernels() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("gained", [False, True])
 @pytest.mark.parametrize(
     ("heads", "width", "pairs"), [(8, 64, 8), (4, 64, 32), (3, 128, 6), (6, 16, 0), (1, 256, 16)]

@@ -24,7 +24,6 @@ def test_a_cpu_is_not_for_the_fused_product():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("slope", [0.0, 0.5])
 @pytest.mark.parametrize(("tokens", "width", "inner"), [(128, 64, 128), (384, 192, 768)])
 def test_outputs_and_gradients_are_those_of_the_definition(slope, tokens, width, inner):

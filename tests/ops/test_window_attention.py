@@ -22,7 +22,6 @@ def test_a_cpu_or_wide_numbers_are_not_for_the_kernels():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("window", [2, 63, 64, 65, 129, LENGTH])
 @pytest.mark.parametrize(("heads", "groups", "width"), [(4, 2, 64), (2, 2, 16), (3, 1, 128)])
 def test_outputs_and_gradients_are_those_of_the_mask(window, heads, groups, width):

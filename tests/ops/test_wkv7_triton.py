@@ -24,11 +24,6 @@ from trihybrid.testing.wkv7_cases import (
 # larger terms; a token that is erased again and again makes the others so.
 TOLERANCE, DECAY, SHARP_TOLERANCE, SHARP_GRADIENT = 5e-3, 1e-2, 2e-2, 4e-2
 
-gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
 
 def tolerance(kind: str, name: str) -> float:
     if kind in SHARP:
@@ -215,7 +210,7 @@ class TestGroupedInterpreted:
 class TestGpu:
     """bfloat16, all kinds, around the borders of chunks and beyond them."""
 
-    pytestmark = gpu
+    pytestmark = pytest.mark.gpu
 
     @pytest.fixture
     def operator(self):

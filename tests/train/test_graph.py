@@ -6,10 +6,7 @@ from torch import Tensor, nn
 
 from trihybrid.train.graph import GraphedGradients
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 class Small(nn.Module):

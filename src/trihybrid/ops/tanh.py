@@ -1,4 +1,4 @@
-"""tanh for kernels, which Triton has not on every backend."""
+"""tanh for kernels, which Triton's language has not."""
 
 import triton
 import triton.language as tl

@@ -21,7 +21,7 @@ def forward(
     y_BTHN = torch.empty(x_BTHN.shape, dtype=x_BTHN.dtype, device=x_BTHN.device)
     count = x_MHN.shape[0] * heads
     if count:
-        _forward[(triton.cdiv(count, TILE // width),)](
+        _placed[(triton.cdiv(count, TILE // width),)](
             x_MHN, weight_N, cosine_BT1N, sine_BT1N, y_BTHN, count, x_MHN.stride(0), epsilon, HEADS=heads,
             WIDTH=width, ROWS=TILE // width, num_warps=4,
         )  # fmt: skip
@@ -29,7 +29,7 @@ def forward(
 
 
 @triton.jit(do_not_specialize=["count"])
-def _forward(
+def _placed(
     x, weight, cosine, sine, y, count, stride, epsilon, HEADS: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip

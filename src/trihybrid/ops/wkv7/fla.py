@@ -9,6 +9,7 @@ Shapes: B batch, T time, H heads, K key width, V value width, N documents.
 import importlib
 import importlib.metadata
 import logging
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -60,26 +61,38 @@ def wkv7_fla(
     _warn()
     function = importlib.import_module("fla.ops.rwkv7").chunk_rwkv7
     tokens = [x.to(v_BTHV.dtype) for x in (r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK)]
-    state = None if state_BHKV is None else state_BHKV.float()
+    return in_fla_terms(function, tokens, None if state_BHKV is None else state_BHKV.float(), reset_BT)
+
+
+def in_fla_terms(
+    function: Callable[..., tuple[Tensor, Tensor]],
+    tokens: Sequence[Tensor],
+    state_BHKV: Tensor | None,
+    reset_BT: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`wkv7` by a `chunk_rwkv7` of any version and mode; `tokens` are r, log_w, k, v, a and b."""
     if reset_BT is None:
-        return function(*tokens, scale=1.0, initial_state=state, output_final_state=True)
+        return function(*tokens, scale=1.0, initial_state=state_BHKV, output_final_state=True)
     # All rows as one: a document begins at each reset, and where a row begins.
     batch, length = reset_BT.shape
     begins_BT = reset_BT.clone()
     begins_BT[:, 0] = True
     starts_N = begins_BT.flatten().nonzero().flatten()
-    first_B = begins_BT.sum(1).cumsum(0) - begins_BT.sum(1)
-    if state is not None:
-        state = state.masked_fill(reset_BT[:, 0, None, None, None], 0.0)
-        state = state.new_zeros(len(starts_N), *state.shape[1:]).index_copy(0, first_B, state)
+    counts_B = begins_BT.sum(1)
+    behind_B = counts_B.cumsum(0)
+    state_NHKV = None
+    if state_BHKV is not None:
+        state_BHKV = state_BHKV.masked_fill(reset_BT[:, 0, None, None, None], 0.0)
+        state_NHKV = state_BHKV.new_zeros(len(starts_N), *state_BHKV.shape[1:])
+        state_NHKV = state_NHKV.index_copy(0, behind_B - counts_B, state_BHKV)
     o_1XHV, last_NHKV = function(
         *(x.flatten(0, 1)[None] for x in tokens),
         scale=1.0,
-        initial_state=state,
+        initial_state=state_NHKV,
         output_final_state=True,
         cu_seqlens=pad(starts_N, (0, 1), value=batch * length),
     )
-    return o_1XHV.unflatten(1, (batch, length))[0], last_NHKV[first_B + begins_BT.sum(1) - 1]
+    return o_1XHV.unflatten(1, (batch, length))[0], last_NHKV[behind_B - 1]
 
 
 @cache

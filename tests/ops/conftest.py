@@ -1,3 +1,0 @@
-"""Fixtures of the operators' tests."""
-
-from interpreted import load  # noqa: F401
