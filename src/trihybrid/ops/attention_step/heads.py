@@ -27,6 +27,14 @@ def placed(
 
 
 @triton.jit
+def normed(x_RN, width, epsilon, NORMED: tl.constexpr):
+    """Heads [R, N], float32, behind a norm without weights where there is one."""
+    if NORMED:
+        x_RN *= tl.rsqrt(tl.sum(x_RN * x_RN, 1) / width + epsilon)[:, None]
+    return x_RN
+
+
+@triton.jit
 def row(start, wide_1N, in_1N):
     """[1, N] of a vector, float32."""
     return tl.load(start + wide_1N, mask=in_1N, other=0.0).to(tl.float32)
@@ -43,6 +51,21 @@ def stored(
         page_S = tl.load(table + token_S // LENGTH, mask=in_S, other=0).to(tl.int64)
     at_S = page_S * store_p + (token_S % LENGTH) * store_l + group * store_g
     return tl.load(store + at_S[:, None] + wide_1N, mask=in_S[:, None] & in_1N, other=0.0)
+
+
+@triton.jit
+def block_of(
+    keys, values, table, batch, group, token_S, in_S, wide_1N, in_1N, keys_p, keys_l, keys_g, values_p, values_l,
+    values_g, LENGTH: tl.constexpr, RING: tl.constexpr,
+):  # fmt: skip
+    """Keys and values [S, N] of some tokens."""
+    k_SN = stored(
+        keys, table, batch, group, token_S, in_S, wide_1N, in_1N, keys_p, keys_l, keys_g, LENGTH, RING
+    )
+    v_SN = stored(
+        values, table, batch, group, token_S, in_S, wide_1N, in_1N, values_p, values_l, values_g, LENGTH, RING
+    )  # fmt: skip
+    return k_SN, v_SN
 
 
 @triton.jit
@@ -73,3 +96,23 @@ def place_of(table, batch, newest, store_p, store_l, LENGTH: tl.constexpr, RING:
     if not RING:
         page = tl.load(table + newest // LENGTH).to(tl.int64)
     return page * store_p + newest % LENGTH * store_l
+
+
+@triton.jit
+def newest_of(
+    x, k_first, v_first, group, width, at_k_1N, at_v_1N, wide_1N, other_1N, in_1N, OWN: tl.constexpr,
+    TURNED: tl.constexpr,
+):  # fmt: skip
+    """The newest token's key, the other channel of each of its pairs, and its value, [1, N] in float32: raw from the
+    projections `x` where they are the layer's own, else as the store has them."""
+    if OWN:
+        k_1N = row(x + k_first + group * width, wide_1N, in_1N)
+        v_1N = row(x + v_first + group * width, wide_1N, in_1N)
+        k_other_1N = k_1N
+        if TURNED:
+            k_other_1N = row(x + k_first + group * width, other_1N, in_1N)
+    else:
+        k_1N = tl.load(at_k_1N, mask=in_1N, other=0.0).to(tl.float32)
+        v_1N = tl.load(at_v_1N, mask=in_1N, other=0.0).to(tl.float32)
+        k_other_1N = k_1N
+    return k_1N, k_other_1N, v_1N

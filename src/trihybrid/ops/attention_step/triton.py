@@ -22,7 +22,16 @@ import triton.language as tl
 from torch import Tensor
 
 from trihybrid.ops.attention_step import Heads, Store
-from trihybrid.ops.attention_step.heads import own_weights, part_of, place_of, placed, row, stored
+from trihybrid.ops.attention_step.heads import (
+    block_of,
+    newest_of,
+    normed,
+    own_weights,
+    part_of,
+    place_of,
+    placed,
+    row,
+)
 from trihybrid.ops.early import admit_next, await_former, early
 
 ROWS = 16  # the fewest that a matrix product takes
@@ -121,12 +130,10 @@ def _head(
     table += batch * table_b
     token_S = first + block_S
     in_S = (token_S < last) & (token_S != newest)
-    next_k_SN = stored(
-        keys, table, batch, group, token_S, in_S, wide_1N, in_1N, keys_p, keys_l, keys_g, LENGTH, RING
-    )
-    next_v_SN = stored(
-        values, table, batch, group, token_S, in_S, wide_1N, in_1N, values_p, values_l, values_g, LENGTH, RING
-    )
+    next_k_SN, next_v_SN = block_of(
+        keys, values, table, batch, group, token_S, in_S, wide_1N, in_1N, keys_p, keys_l, keys_g, values_p, values_l,
+        values_g, LENGTH, RING,
+    )  # fmt: skip
     pairs = width // 2
     other_1N = tl.where(wide_1N < pairs, wide_1N + pairs, wide_1N - pairs)
     q_own_1N = own_weights(q_weight, wide_1N, other_1N, in_1N, Q_NORMED)
@@ -145,15 +152,9 @@ def _head(
     at_k_1N = keys + place_of(table, batch, newest, keys_p, keys_l, LENGTH, RING) + group * keys_g + wide_1N
     at_v_1N = values + place_of(table, batch, newest, values_p, values_l, LENGTH, RING)
     at_v_1N += group * values_g + wide_1N
-    if OWN:
-        k_1N = row(x + k_first + group * width, wide_1N, in_1N)
-        v_1N = row(x + v_first + group * width, wide_1N, in_1N)
-        k_other_1N = k_1N
-        if TURNED:
-            k_other_1N = row(x + k_first + group * width, other_1N, in_1N)
-    else:
-        k_1N = tl.load(at_k_1N, mask=in_1N, other=0.0).to(tl.float32)
-        v_1N = tl.load(at_v_1N, mask=in_1N, other=0.0).to(tl.float32)
+    k_1N, k_other_1N, v_1N = newest_of(
+        x, k_first, v_first, group, width, at_k_1N, at_v_1N, wide_1N, other_1N, in_1N, OWN, TURNED
+    )
     q_1N = placed(x_1N, x_other_1N, q_own_1N, cosine_1N, sine_1N, width, q_epsilon, Q_NORMED, TURNED)
     q_1N = q_1N.to(keys.dtype.element_ty).to(tl.float32) * scale
     most, total = float("-inf"), 0.0
@@ -162,9 +163,7 @@ def _head(
         if OWN:
             k_1N = placed(k_1N, k_other_1N, k_own_1N, cosine_1N, sine_1N, width, k_epsilon, K_NORMED, TURNED)
             k_1N = k_1N.to(keys.dtype.element_ty).to(tl.float32)
-            if V_NORMED:
-                v_1N *= tl.rsqrt(tl.sum(v_1N * v_1N, 1) / width + v_epsilon)[:, None]
-            v_1N = v_1N.to(values.dtype.element_ty).to(tl.float32)
+            v_1N = normed(v_1N, width, v_epsilon, V_NORMED).to(values.dtype.element_ty).to(tl.float32)
             if head % repeats == 0:
                 tl.store(at_k_1N, k_1N.to(keys.dtype.element_ty), mask=in_1N)
                 tl.store(at_v_1N, v_1N.to(values.dtype.element_ty), mask=in_1N)
@@ -174,11 +173,9 @@ def _head(
         k_SN, v_SN, in_now_S = next_k_SN, next_v_SN, in_S
         token_S = start + BLOCK + block_S
         in_S = (token_S < last) & (token_S != newest)
-        next_k_SN = stored(
-            keys, table, batch, group, token_S, in_S, wide_1N, in_1N, keys_p, keys_l, keys_g, LENGTH, RING
-        )
-        next_v_SN = stored(
-            values, table, batch, group, token_S, in_S, wide_1N, in_1N, values_p, values_l, values_g, LENGTH, RING
+        next_k_SN, next_v_SN = block_of(
+            keys, values, table, batch, group, token_S, in_S, wide_1N, in_1N, keys_p, keys_l, keys_g, values_p,
+            values_l, values_g, LENGTH, RING,
         )  # fmt: skip
         s_S = tl.where(in_now_S, tl.sum(k_SN.to(tl.float32) * q_1N, 1), float("-inf"))
         new = tl.maximum(most, tl.max(s_S, 0))
@@ -230,12 +227,10 @@ def _group(
     table += batch * table_b
     token_S = first + block_S
     in_S = (token_S < last) & (token_S != newest)
-    next_k_SN = stored(
-        keys, table, batch, group, token_S, in_S, wide_1N, in_1N, keys_p, keys_l, keys_g, LENGTH, RING
-    )
-    next_v_SN = stored(
-        values, table, batch, group, token_S, in_S, wide_1N, in_1N, values_p, values_l, values_g, LENGTH, RING
-    )
+    next_k_SN, next_v_SN = block_of(
+        keys, values, table, batch, group, token_S, in_S, wide_1N, in_1N, keys_p, keys_l, keys_g, values_p, values_l,
+        values_g, LENGTH, RING,
+    )  # fmt: skip
     pairs = width // 2
     other_1N = tl.where(wide_1N < pairs, wide_1N + pairs, wide_1N - pairs)
     q_own_1N = own_weights(q_weight, wide_1N, other_1N, in_1N, Q_NORMED)
@@ -254,15 +249,9 @@ def _group(
     at_k_1N = keys + place_of(table, batch, newest, keys_p, keys_l, LENGTH, RING) + group * keys_g + wide_1N
     at_v_1N = values + place_of(table, batch, newest, values_p, values_l, LENGTH, RING)
     at_v_1N += group * values_g + wide_1N
-    if OWN:
-        k_1N = row(x + k_first + group * width, wide_1N, in_1N)
-        v_1N = row(x + v_first + group * width, wide_1N, in_1N)
-        k_other_1N = k_1N
-        if TURNED:
-            k_other_1N = row(x + k_first + group * width, other_1N, in_1N)
-    else:
-        k_1N = tl.load(at_k_1N, mask=in_1N, other=0.0).to(tl.float32)
-        v_1N = tl.load(at_v_1N, mask=in_1N, other=0.0).to(tl.float32)
+    k_1N, k_other_1N, v_1N = newest_of(
+        x, k_first, v_first, group, width, at_k_1N, at_v_1N, wide_1N, other_1N, in_1N, OWN, TURNED
+    )
     q_RN = placed(x_RN, x_other_RN, q_own_1N, cosine_1N, sine_1N, width, q_epsilon, Q_NORMED, TURNED)
     q_RN = q_RN.to(keys.dtype.element_ty)
     most_R = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -272,9 +261,7 @@ def _group(
         if OWN:
             k_1N = placed(k_1N, k_other_1N, k_own_1N, cosine_1N, sine_1N, width, k_epsilon, K_NORMED, TURNED)
             k_1N = k_1N.to(keys.dtype.element_ty).to(tl.float32)
-            if V_NORMED:
-                v_1N *= tl.rsqrt(tl.sum(v_1N * v_1N, 1) / width + v_epsilon)[:, None]
-            v_1N = v_1N.to(values.dtype.element_ty).to(tl.float32)
+            v_1N = normed(v_1N, width, v_epsilon, V_NORMED).to(values.dtype.element_ty).to(tl.float32)
             tl.store(at_k_1N, k_1N.to(keys.dtype.element_ty), mask=in_1N)
             tl.store(at_v_1N, v_1N.to(values.dtype.element_ty), mask=in_1N)
         most_R = tl.sum(q_RN.to(tl.float32) * k_1N, 1) * scale
@@ -284,11 +271,9 @@ def _group(
         k_SN, v_SN, in_now_S = next_k_SN, next_v_SN, in_S
         token_S = start + BLOCK + block_S
         in_S = (token_S < last) & (token_S != newest)
-        next_k_SN = stored(
-            keys, table, batch, group, token_S, in_S, wide_1N, in_1N, keys_p, keys_l, keys_g, LENGTH, RING
-        )
-        next_v_SN = stored(
-            values, table, batch, group, token_S, in_S, wide_1N, in_1N, values_p, values_l, values_g, LENGTH, RING
+        next_k_SN, next_v_SN = block_of(
+            keys, values, table, batch, group, token_S, in_S, wide_1N, in_1N, keys_p, keys_l, keys_g, values_p,
+            values_l, values_g, LENGTH, RING,
         )  # fmt: skip
         s_RS = tl.dot(q_RN, tl.trans(k_SN), input_precision="ieee") * scale
         s_RS = tl.where(in_now_S[None, :], s_RS, float("-inf"))
