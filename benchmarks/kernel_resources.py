@@ -148,22 +148,24 @@ def rates() -> None:
 
 
 def placed_heads() -> None:
-    """E2B's two widths."""
+    """E2B's two widths, in chunks of any length."""
     forward = importlib.import_module("trihybrid.ops.placed_heads.triton").forward
     for width in (256, 512):
-        x, table = torch.randn(1, 64, 8, width, dtype=torch.bfloat16), torch.ones(1, 64, 1, width)
-        forward(x, torch.ones(width), 1e-6, table.bfloat16(), table.bfloat16())
+        for length in (64, 41):
+            x, table = torch.randn(1, length, 8, width, dtype=torch.bfloat16), torch.ones(1, length, 1, width)
+            forward(x, torch.ones(width), 1e-6, table.bfloat16(), table.bfloat16())
 
 
 def decode_attention() -> None:
-    """E2B's heads, and TICA's."""
+    """E2B's heads, and TICA's, over tables of any width: which needs no program of its own."""
     launch = importlib.import_module("trihybrid.ops.decode_attention.triton").launch
     for batch in (1, 64):
         for heads, groups, width in ((8, 1, 256), (8, 1, 512), (16, 4, 64)):
             keys = torch.randn(8, 64, groups, width, dtype=torch.bfloat16)
-            table = torch.zeros(batch, 64, dtype=torch.int64)
             q = torch.randn(batch, heads, width, dtype=torch.bfloat16)
-            launch(q, keys, keys, table, torch.ones(batch, dtype=torch.int64), 1.0)
+            for pages in (1, 64, 129):
+                table = torch.zeros(batch, pages, dtype=torch.int64)
+                launch(q, keys, keys, table, torch.ones(batch, dtype=torch.int64), 1.0)
 
 
 def decode_product() -> None:

@@ -13,8 +13,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from exact_fla import chunk_rwkv7
 from interpreted import MARKS
-from trihybrid.ops.wkv7 import wkv7
 
 pytestmark = MARKS
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -32,16 +32,6 @@ class Event:
 
     def elapsed_time(self, other: "Event") -> float:
         return 1.0
-
-
-def peer(r, w, k, v, a, b, scale, initial_state=None, output_final_state=False, cu_seqlens=None, **options):
-    """fla's `chunk_rwkv7`, exact."""
-    assert scale == 1.0 and output_final_state
-    reset = None
-    if cu_seqlens is not None:
-        reset = torch.zeros(r.shape[:2], dtype=torch.bool)
-        reset[0, cu_seqlens[:-1]] = True
-    return wkv7(r, w, k, v, a, b, initial_state, reset, "chunked")
 
 
 @pytest.fixture
@@ -90,7 +80,7 @@ def modules(load, monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleTy
 
     monkeypatch.setattr(wkv7_gpu, "work", work)
     rooms = SimpleNamespace(
-        chunk_rwkv7=peer,
+        chunk_rwkv7=chunk_rwkv7,
         fused_recurrent_rwkv7=lambda *tokens, **options: tokens,
         fused_mul_recurrent_rwkv7=lambda *tokens, **options: tokens,
     )

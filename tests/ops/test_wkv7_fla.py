@@ -5,32 +5,18 @@ import importlib.util
 import logging
 import sys
 from functools import partial
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from exact_fla import chunk_rwkv7
 from trihybrid.ops.backend import backends
 from trihybrid.ops.wkv7 import fla, wkv7
 from trihybrid.testing import relative_error
 from trihybrid.testing.wkv7_cases import answer, differentiate, make_inputs, make_weights
 
 VERSIONS = ("0.6.0", "0.4.1", "9.9.9")
-
-
-def chunk_rwkv7(r, w, k, v, a, b, scale, initial_state, output_final_state, cu_seqlens=None):
-    """What fla-core's function of this name is to compute, document by document."""
-    assert scale == 1.0 and output_final_state
-    if cu_seqlens is None:
-        return wkv7(r, w, k, v, a, b, initial_state, backend="reference")
-    outputs, states = [], []
-    for number, (start, end) in enumerate(pairwise(cu_seqlens)):
-        state = None if initial_state is None else initial_state[number : number + 1]
-        o, last = wkv7(*(x[:, start:end] for x in (r, w, k, v, a, b)), state, backend="reference")
-        outputs.append(o)
-        states.append(last)
-    return torch.cat(outputs, 1), torch.cat(states)
 
 
 @pytest.fixture(autouse=True)
