@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trihybrid.data import encode
-from trihybrid.data.encode import encode_documents
+from trihybrid.data.encode import encode_documents, encode_each
 from trihybrid.data.sentencepiece import open_tokenizer
 from trihybrid.data.tokens import Tokenizer
 
@@ -21,6 +21,14 @@ def test_batches_join_to_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
         token for text in texts for token in (2, *(byte + 4 for byte in text.encode()))
     ]
     assert sum(batch.text_bytes for batch in batches) == sum(len(text.encode()) for text in texts)
+
+
+def test_many_at_once_are_each_alone(sentencepiece_model: Path) -> None:
+    texts = ["", "a", "<bos>baba<eos>", " \u4e2d\u6587 ", "\x01", "delo " * 300, "\u00e9\n\t"]
+    for tokenizer in (Tokenizer.bytes(), open_tokenizer(sentencepiece_model)):
+        wanted = [tokenizer.encode(text) for text in texts]
+        assert tokenizer.encode_many(texts) == wanted
+        assert list(encode_each(iter(texts), tokenizer)) == wanted
 
 
 def test_documents_that_encode_to_nothing_are_counted(sentencepiece_model: Path) -> None:

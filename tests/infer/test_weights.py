@@ -14,6 +14,8 @@ from random_weights import randomise
 from small_student import make_student
 from trihybrid.infer import weights
 from trihybrid.infer.engine import Engine
+from trihybrid.infer.execution import GraphDecoder
+from trihybrid.infer.network import Network
 from trihybrid.infer.weights import Weights, quantise, tensor_bytes
 from trihybrid.mixers.contract import Projection
 from trihybrid.testing import relative_error
@@ -103,3 +105,39 @@ def test_logits_are_near_and_only_linear_maps_change(
     while engine.busy:
         engine.step()
     assert len(engine.tokens_of(sequence)) == len(PROMPT) + 4
+
+
+@pytest.mark.gpu
+@torchao
+@pytest.mark.parametrize(("kept", "bound"), [("int8", 0.02), ("int4", 0.09)])
+@torch.inference_mode()
+def test_on_a_gpu_a_map_is_what_its_rounded_weight_gives(kept: Weights, bound: float) -> None:
+    """The bounds of a CPU, and bfloat16's 0.4 % of inputs and outputs."""
+    plain = nn.Linear(1024, 256, device="cuda", dtype=torch.bfloat16)
+    nn.init.normal_(plain.weight)
+    x = torch.randn(50, 1024, device="cuda", dtype=torch.bfloat16)
+    wanted = x.double() @ plain.weight.double().T + plain.bias.double()
+    quantise(nn.ModuleList([plain]).requires_grad_(False), kept)
+    assert 1e-3 < relative_error(plain(x), wanted) < bound
+
+
+@pytest.mark.gpu
+@torchao
+@pytest.mark.parametrize("kept", ["int8", "int4"])
+@torch.inference_mode()
+def test_on_a_gpu_a_recorded_step_is_the_plain_one(kept: Weights) -> None:
+    """To the bit, over quantised maps as over others; and maps were quantised."""
+    networks = [
+        Network(teacher().to("cuda", torch.bfloat16), rows=1, length=4, weights=kept) for _ in range(2)
+    ]
+    for network in networks:
+        network.states.grow(8)
+    plain, recorded = networks
+    assert any(hasattr(parameter, "__tensor_flatten__") for parameter in plain.model.parameters())
+    decoder = GraphDecoder(recorded, recorded.decode)
+    table_BM = torch.tensor([[1, 2, 3, 4]], device="cuda")
+    for place in range(12):
+        width = 1 << (place // 4).bit_length()
+        ids_B, positions_B = (torch.tensor([number], device="cuda") for number in (place + 3, place))
+        wanted_BV = plain.decode(ids_B, positions_B, table_BM[:, :width])
+        assert torch.equal(decoder([place + 3], [place], [[1, 2, 3, 4]]), wanted_BV)

@@ -100,6 +100,9 @@ def test_takes_half_precision():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings(
+    "ignore::ImportWarning"
+)  # fla-core says at its import what else could be installed
 @pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="needs fla-core")
 @pytest.mark.parametrize("stateful", [True, False])
 @pytest.mark.parametrize("packed", [True, False])

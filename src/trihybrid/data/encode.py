@@ -63,6 +63,12 @@ def encode_documents(
     return _in_processes(batches, tokenizer, processes)
 
 
+def encode_each(documents: Iterable[str], tokenizer: TextTokenizer) -> Iterator[list[int]]:
+    """Ids of each document in its order, without BOS."""
+    for _, texts in _batches(documents):
+        yield from tokenizer.encode_many(texts)
+
+
 def _in_processes(
     batches: Iterable[tuple[int, list[str]]], tokenizer: TextTokenizer, processes: int
 ) -> Iterator[EncodedBatch]:
@@ -110,8 +116,8 @@ def _encode_elsewhere(folder: str, first: int, texts: Sequence[str]) -> EncodedB
 
 def _encode(tokenizer: TextTokenizer, first: int, texts: Sequence[str]) -> EncodedBatch:
     arrays, text_bytes = [], 0
-    for number, text in enumerate(texts, start=first):
-        if ids := tokenizer.encode(text):
+    for number, (text, ids) in enumerate(zip(texts, tokenizer.encode_many(texts), strict=True), start=first):
+        if ids:
             arrays.append(document_array(ids, number, tokenizer.vocab_size, tokenizer.bos_id))
             text_bytes += len(text.encode())
     tokens_N = np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int64)

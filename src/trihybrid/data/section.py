@@ -8,6 +8,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .encode import encode_each
 from .probes import RecallDocument, RecallSet, encode_probe, mix_documents, recall_documents
 from .sentencepiece import open_tokenizer
 from .shards import TokenShards, existing_shards, write_shards
@@ -149,7 +150,7 @@ def _with_recall(section: DataSection, tokenizer: TextTokenizer, texts: list[str
     fraction = section.recall.fraction
     if fraction == 0:
         return mix_documents(texts, [], section.seed)
-    text_tokens = sum(len(tokenizer.encode(text)) + 1 for text in texts)
+    text_tokens = sum(len(ids) + 1 for ids in encode_each(texts, tokenizer))
     sample = _draw(section, MEASURED_DOCUMENTS, evaluation=False)
     mean = sum(len(tokenizer.encode(document.text)) + 1 for document in sample) / len(sample)
     count = round(text_tokens * fraction / (1 - fraction) / mean)
@@ -168,7 +169,7 @@ def _hash_input(tokenizer: TextTokenizer, settings: dict[str, object], texts: li
 def _write(folder: Path, texts: list[str], tokenizer: TextTokenizer, source_hash: str) -> TokenShards:
     return write_shards(
         folder,
-        (tokenizer.encode(text) for text in texts),
+        encode_each(texts, tokenizer),
         tokenizer.vocab_size,
         tokenizer.bos_id,
         text_bytes=sum(len(text.encode()) for text in texts),
