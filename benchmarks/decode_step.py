@@ -1,19 +1,23 @@
 """A decoding step of E2B's shape by each execution: how far its logits are off, how long it takes, and its kernels.
 
     python benchmarks/decode_step.py [--parts errors,times,profile] [--executions graph,kernels] [--json FOLDER]
+    python benchmarks/decode_step.py --parts sizes [--batches 1,8]      blocks of the products: what would be faster
     python benchmarks/decode_step.py --tiny        the errors in small on a CPU, where kernels are torch's operators
 
 One GPU, bfloat16, random weights; norms of retained queries and keys are small, so that scores are about one and logits
 differ by rounding alone. `errors`: 1 and 4 sequences behind 700 tokens and less, three tokens each; relative rms of the
 logits, and the worst of the states that are left, against float32 on the same states. `times`: milliseconds of a
-replay, and of a step with the host's share, behind 4,096 and 131,072 tokens. `profile`: of one replayed step at 4,096
-by the last execution, kernels by name; those that begin early overlap, so that their times add up to more than the
-step. --json writes the rows as decode_step.json into FOLDER. Exits with 1 where the logits of an execution are more
-than 1.5 times as far off as those of the first.
+replay, and of a step with the host's share, behind 4,096 and, of a sequence alone, 131,072 tokens; --batches says of
+how many sequences. `profile`: of one replayed step at 4,096 by the last execution, kernels by name; those that begin
+early overlap, so that their times add up to more than the step. `sizes`: from the blocks in
+`ops/decode_product/sizes.py` on, for each kind of product, to whichever neighbour makes a replay at 4,096 faster, until
+none does. --json writes the rows as decode_step.json into FOLDER. Exits with 1 where the logits of an execution are
+more than 1.5 times as far off as those of the first.
 """
 
 import argparse
 import copy
+import dataclasses
 import json
 import statistics
 import sys
@@ -29,6 +33,7 @@ from torch import Tensor
 from trihybrid.infer.execution import Decoder, EagerDecoder, GraphDecoder, make_decoder
 from trihybrid.infer.kernels import KernelStep
 from trihybrid.infer.network import Network
+from trihybrid.ops.decode_product import sizes
 from trihybrid.testing import relative_error
 
 Row = dict[str, Any]
@@ -37,8 +42,10 @@ PARTS = ("errors", "times", "profile")
 PAGE, STEPS, BATCHES, SEEN = 64, 3, (1, 4), 700
 CONTEXTS = (4096, 131_072)
 MILD = 0.25  # of the norms of queries and keys
-WALLS, REPLAYS = 30, 50
+WALLS, REPLAYS, ROUNDS = 30, 20, 7
 FURTHER = 1.5
+MOST_WARPS = 16
+BETTER = 0.999  # of the time: less is noise
 
 
 class KernelsHere:
@@ -56,12 +63,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)},sizes")
+    parser.add_argument("--batches", default="1", help="sequences of `times` and `sizes`, with commas")
     parser.add_argument("--executions", default="graph,kernels", help="ways to decode, the definition first")
     parser.add_argument("--tiny", action="store_true", help="in small, on a CPU")
     parser.add_argument("--json", type=Path, metavar="FOLDER")
     given = parser.parse_args()
     parts, names = given.parts.split(","), given.executions.split(",")
+    batches = [int(batch) for batch in given.batches.split(",")]
     if not given.tiny and not torch.cuda.is_available():
         parser.error("no GPU here; --tiny runs in small on a CPU")
     rows: list[Row] = []
@@ -69,7 +78,7 @@ def main() -> int:
         model = build(TINY if given.tiny else TRUE, "student").requires_grad_(False)
         make_mild(model)
         wide_model = copy.deepcopy(model).float() if "errors" in parts else None
-        network = Network(model, rows=max(BATCHES), length=PAGE)
+        network = Network(model, rows=max(*BATCHES, *batches), length=PAGE)
         if given.tiny:
             decoders: dict[str, Any] = {"graph": EagerDecoder(network), "kernels": KernelsHere(network)}
             parts = ["errors"]
@@ -82,14 +91,17 @@ def main() -> int:
                 each.states.grow(max(BATCHES) * (seen // PAGE + 2))
             rows += note(error_rows(network, wide, decoders, seen))
             del wide, wide_model
-        if "times" in parts or "profile" in parts:
-            network.states.grow(max(CONTEXTS) // PAGE + 2)
+        if {"times", "profile", "sizes"} & set(parts):
+            network.states.grow(max(max(CONTEXTS), max(batches) * (CONTEXTS[0] + PAGE)) // PAGE + 2)
             for tensor in stores(network):
                 tensor.normal_(std=0.5)
         if "times" in parts:
-            rows += note(row for name, decoder in decoders.items() for row in time_rows(name, decoder))
+            rows += note(row for name, own in decoders.items() for row in time_rows(name, own, batches))
         if "profile" in parts:
             rows += profile_rows(names[-1], decoders[names[-1]])
+        if "sizes" in parts:
+            step = KernelStep(network)
+            rows += note(row for batch in batches for row in size_rows(network, step, batch))
     if given.json is not None:
         given.json.mkdir(parents=True, exist_ok=True)
         (given.json / "decode_step.json").write_text(json.dumps(rows, indent=2) + "\n")
@@ -173,30 +185,91 @@ def steps(decoder: Decoder, text: Tensor, positions: list[int], pages: list[list
     return found
 
 
-def time_rows(name: str, decoder: GraphDecoder) -> Iterator[Row]:
-    """Milliseconds of a step at batch 1."""
-    for context in CONTEXTS:
-        pages = [list(range(1, context // PAGE + 2))]
-        walls = []
-        for step in range(WALLS):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            decoder([5], [context + step], pages).argmax(-1).tolist()
-            walls.append(1000 * (time.perf_counter() - began))
-        graph = decoder.last_graph
+def time_rows(name: str, decoder: GraphDecoder, batches: list[int]) -> Iterator[Row]:
+    """Milliseconds of a step."""
+    for batch in batches:
+        for context in CONTEXTS if batch == 1 else CONTEXTS[:1]:
+            pages = own_pages(context, batch)
+            walls = []
+            for step in range(WALLS):
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                decoder([5] * batch, [context + step] * batch, pages).argmax(-1).tolist()
+                walls.append(1000 * (time.perf_counter() - began))
+            yield {
+                "benchmark": "decode_step",
+                "execution": name,
+                "batch": batch,
+                "context": context,
+                "replay_ms": replay_ms(decoder.last_graph),
+                "step_ms": statistics.median(walls[WALLS // 3 :]),
+            }
+
+
+def own_pages(context: int, batch: int) -> list[list[int]]:
+    """Of each sequence, behind so many tokens."""
+    count = context // PAGE + 1
+    return [list(range(1 + row * count, 1 + (row + 1) * count)) for row in range(batch)]
+
+
+def replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+    """Median over rounds of replays that follow each other."""
+    times = []
+    for _ in range(ROUNDS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(REPLAYS):
             graph.replay()
         end.record()
         torch.cuda.synchronize()
-        yield {
-            "benchmark": "decode_step",
-            "execution": name,
-            "context": context,
-            "replay_ms": begin.elapsed_time(end) / REPLAYS,
-            "step_ms": statistics.median(walls[WALLS // 3 :]),
-        }
+        times.append(begin.elapsed_time(end) / REPLAYS)
+    return statistics.median(times)
+
+
+def size_rows(network: Network, step: KernelStep, batch: int) -> Iterator[Row]:
+    """Every try, from the blocks that are there to the fastest found."""
+
+    def measured() -> float:
+        decoder = GraphDecoder(network, step)
+        decoder([5] * batch, [CONTEXTS[0]] * batch, own_pages(CONTEXTS[0], batch))
+        return replay_ms(decoder.last_graph)
+
+    best = measured()
+    tables = {"SEVERAL": sizes.SEVERAL} if batch > 1 else {"PRODUCT": sizes.PRODUCT, "NORMED": sizes.NORMED}
+    for name, table in tables.items():
+        for kind in table:
+            found = True
+            while found:
+                held, found = table[kind], False
+                for candidate in neighbours(held, sizes.FEWEST if name == "SEVERAL" else 1):
+                    table[kind] = candidate
+                    row = {"benchmark": "decode_step", "batch": batch, "table": name, "kind": kind}
+                    try:
+                        took = measured()
+                    except triton_errors() as error:
+                        yield row | dataclasses.asdict(candidate) | {"error": str(error)[:100]}
+                        continue
+                    yield row | dataclasses.asdict(candidate) | {"replay_ms": took, "best_ms": best}
+                    if took < BETTER * best:
+                        best, held, found = took, candidate, True
+                        break
+                table[kind] = held
+
+
+def triton_errors() -> tuple[type[Exception], ...]:
+    """What a block that is too large raises."""
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return OutOfResources, PTXASError
+
+
+def neighbours(held: sizes.Sizes, fewest: int) -> Iterator[sizes.Sizes]:
+    """Half and double of each field; outputs and inputs of a block are at least `fewest`."""
+    for field, value in dataclasses.asdict(held).items():
+        least = fewest if field in ("block", "step") else 1
+        for other in (value // 2, value * 2):
+            if other >= least and (field != "warps" or other <= MOST_WARPS):
+                yield dataclasses.replace(held, **{field: other})
 
 
 def profile_rows(name: str, decoder: GraphDecoder) -> list[Row]:

@@ -133,7 +133,7 @@ def test_weights_are_held_once() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+@pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize(
     "name", ["gemma4", "gemma4-plain", "student-gemma4", "gemma3", "llama", "student-qwen3"]
 )
@@ -170,8 +170,8 @@ class TestInterpreted:
     def test_is_the_networks_step(self, load, monkeypatch, name, rows):
         # Large blocks, of which the interpreter needs few; `tests/ops` has those of the tables.
         large = Sizes(32, 4, step=64, programs=1)
-        for part in ("product_sizes", "normed_sizes"):
-            monkeypatch.setattr(f"trihybrid.ops.decode_product.triton.{part}", lambda *shape: large)
+        for part in ("triton.product_sizes", "triton.normed_sizes", "several.several_sizes"):
+            monkeypatch.setattr(f"trihybrid.ops.decode_product.{part}", lambda *shape: large)
         for room in ("decode_product", "attention_step", "recurrence_step"):
             load(f"trihybrid.ops.{room}")
         check(name, rows, 1e-5)

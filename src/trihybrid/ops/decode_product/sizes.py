@@ -1,14 +1,19 @@
 """Blocks of the kernels by shape: the one place to tune them.
 
-A program holds BLOCK outputs at a time and STEP inputs of each. Those of a stream's product hold all inputs, and go on
-to further blocks where there are more than `programs` a processor holds by its registers
-(`benchmarks/kernel_resources.py`), so that a block's weights arrive while the one before is summed.
+Of a row alone a program holds BLOCK outputs at a time and STEP inputs of each. Those of a stream's product hold all
+inputs, and go on to further blocks where there are more than `programs` a processor holds by its registers
+(`benchmarks/kernel_resources.py`), so that a block's weights arrive while the one before is summed. Of several rows a
+program has BLOCK outputs, and each of its warps STEP inputs at a time.
+
+Chosen by the time of E2B's whole step on an H200, which `benchmarks/decode_step.py --parts sizes` measures.
 """
 
 from dataclasses import dataclass
 
 NARROW = 512
 """Inputs or outputs up to which a matrix is one of the narrow ones: those of the per-layer input."""
+FEWEST = 16
+"""Inputs, and outputs, that a tensor core takes at a time."""
 
 
 @dataclass(frozen=True)
@@ -21,38 +26,29 @@ class Sizes:
     programs: int = 0
 
 
-# By rows, rounded up to a power of two.
-NARROW_PRODUCT = {
-    1: Sizes(4, 4, step=512), 2: Sizes(8, 4, step=512), 4: Sizes(4, 4, step=512), 8: Sizes(4, 4, step=512),
-}  # fmt: skip
-PRODUCT = {
-    1: Sizes(2, 4, step=2048), 2: Sizes(2, 4, step=2048), 4: Sizes(2, 4, step=2048), 8: Sizes(2, 4, step=2048),
-}  # fmt: skip
+PRODUCT = {"narrow": Sizes(4, 1, step=512), "other": Sizes(2, 8, step=2048)}
 NORMED = {
-    "gated": {
-        1: Sizes(4, 8, programs=2), 2: Sizes(4, 8, programs=1), 4: Sizes(2, 8, programs=2), 8: Sizes(2, 8, programs=1),
-    },
-    "logits": {
-        1: Sizes(4, 8, programs=4), 2: Sizes(4, 8, programs=2), 4: Sizes(4, 8, programs=2), 8: Sizes(2, 8, programs=1),
-    },
-    "narrow": {
-        1: Sizes(2, 4, programs=4), 2: Sizes(2, 4, programs=4), 4: Sizes(1, 8, programs=2), 8: Sizes(1, 8, programs=1),
-    },
-    "other": {
-        1: Sizes(4, 4, programs=4), 2: Sizes(4, 4, programs=3), 4: Sizes(2, 8, programs=2), 8: Sizes(2, 8, programs=1),
-    },
+    "gated": Sizes(2, 4, programs=4), "logits": Sizes(4, 4, programs=4), "narrow": Sizes(2, 4, programs=4),
+    "other": Sizes(4, 4, programs=3),
 }  # fmt: skip
-RAISED = Sizes(32, 4)
+SEVERAL = {
+    "gated": Sizes(16, 4, step=128), "logits": Sizes(32, 4, step=128), "narrow": Sizes(16, 4, step=128),
+    "other": Sizes(16, 8, step=128),
+}  # fmt: skip
+RAISED = Sizes(64, 4)
 """Of `raised`, whose programs hold all ranks of their channels."""
 
 
-def product_sizes(rows: int, inputs: int) -> Sizes:
+def product_sizes(inputs: int) -> Sizes:
     """Of a plain product: attention's output, the MLP's way down, the per-layer input's way back."""
-    return (NARROW_PRODUCT if inputs <= NARROW else PRODUCT)[rows]
+    return PRODUCT["narrow" if inputs <= NARROW else "other"]
 
 
-def normed_sizes(rows: int, outputs: int, finish: str) -> Sizes:
+def normed_sizes(outputs: int, finish: str) -> Sizes:
     """Of a product of the stream; `finish` as in `Finish.kind`."""
-    if finish in NORMED:
-        return NORMED[finish][rows]
-    return NORMED["narrow" if outputs <= NARROW else "other"][rows]
+    return NORMED[finish if finish in NORMED else "narrow" if outputs <= NARROW else "other"]
+
+
+def several_sizes(inputs: int, outputs: int, finish: str) -> Sizes:
+    """Of any product of several rows."""
+    return SEVERAL[finish if finish in SEVERAL else "narrow" if min(inputs, outputs) <= NARROW else "other"]

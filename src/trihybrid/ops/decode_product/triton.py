@@ -1,14 +1,14 @@
-"""The kernels of `decode_product`.
+"""The kernels of `decode_product` for a row alone, and of `raised`; `several` has those for more rows.
 
-Each program works on blocks of outputs and all rows. Those of a stream's product all make the product's input anew,
-which is cheap beside their part of the weights, and the first one writes the stream; a program's first weights are on
-their way before the former kernel has ended.
+Each program works on blocks of outputs. Those of a stream's product all make the product's input anew, which is cheap
+beside their part of the weights, and the first one writes the stream; a program's first weights are on their way before
+the former kernel has ended.
 
 All tiles have two axes, the second one that of the inputs, so that weights are summed in the registers into which they
 were loaded.
 
-Legend: R rows, COUNT of them, rounded up to ROWS; D width of the stream, rounded up to WIDE; O outputs of a block; I
-inputs of a step; C channels of a block; K ranks, rounded up to RANKS.
+Legend: D width of the stream, rounded up to WIDE; O outputs of a block; I inputs of a step; C channels of a block; K
+ranks, rounded up to RANKS.
 """
 
 from collections.abc import Sequence
@@ -19,27 +19,24 @@ import triton.language as tl
 from torch import Tensor
 
 from trihybrid.ops.decode_product import Before, Finish
+from trihybrid.ops.decode_product.finish import GATED, KINDS, TIMES, finished
+from trihybrid.ops.decode_product.several import launch_several, launch_several_normed
 from trihybrid.ops.decode_product.sizes import RAISED, normed_sizes, product_sizes
 from trihybrid.ops.early import admit_next, await_former, early
-from trihybrid.ops.tanh import tanh
 
-NONE, GATED, TIMES, RANKED, LOGITS = (tl.constexpr(code) for code in range(5))
-KINDS = {"none": 0, "gated": 1, "times": 2, "ranks": 3, "logits": 4}
 MOST_GROUPS = 4
 
 
 def launch_product(x_BI: Tensor, weight_OI: Tensor) -> Tensor:
     """As `decode_product.product`."""
     rows, inputs = x_BI.shape
-    outputs = weight_OI.shape[0]
+    if rows > 1:
+        return launch_several(x_BI, weight_OI, Finish())
+    outputs, sizes, soon = weight_OI.shape[0], product_sizes(inputs), early(x_BI.device)
     o_BO = torch.empty((rows, outputs), dtype=x_BI.dtype, device=x_BI.device)
-    padded, soon = triton.next_power_of_2(rows), early(x_BI.device)
-    sizes = product_sizes(padded, inputs)
-    step = min(sizes.step, triton.next_power_of_2(inputs))
     _product[(triton.cdiv(outputs, sizes.block),)](
-        x_BI, weight_OI, o_BO, inputs, outputs, x_BI.stride(0), weight_OI.stride(0),
-        COUNT=rows, ROWS=padded, BLOCK=sizes.block, STEP=step, EARLY=soon,
-        num_warps=sizes.warps, launch_pdl=soon,
+        x_BI, weight_OI, o_BO, inputs, outputs, weight_OI.stride(0), BLOCK=sizes.block,
+        STEP=min(sizes.step, triton.next_power_of_2(inputs)), EARLY=soon, num_warps=sizes.warps, launch_pdl=soon,
     )  # fmt: skip
     return o_BO
 
@@ -47,6 +44,8 @@ def launch_product(x_BI: Tensor, weight_OI: Tensor) -> Tensor:
 def launch_normed(x_BD: Tensor, weight_OD: Tensor, before: Before, finish: Finish) -> tuple[Tensor, Tensor]:
     """As `decode_product.normed_product`."""
     (rows, width), outputs = x_BD.shape, weight_OD.shape[0]
+    if rows > 1:
+        return launch_several_normed(x_BD, weight_OD, before, finish)
     if finish.kind == "gated":
         outputs //= 2
     half_OD = weight_OD[outputs:] if finish.kind == "gated" else weight_OD
@@ -57,20 +56,18 @@ def launch_normed(x_BD: Tensor, weight_OD: Tensor, before: Before, finish: Finis
     after_BD = torch.empty_like(x_BD) if y_BD is not None or scalar is not None else x_BD
     kind = torch.float32 if finish.kind == "logits" else x_BD.dtype
     o_BO = torch.empty((rows, outputs), dtype=kind, device=x_BD.device)
-    padded, soon = triton.next_power_of_2(rows), early(x_BD.device)
-    sizes = normed_sizes(padded, outputs, finish.kind)
+    sizes, soon = normed_sizes(outputs, finish.kind), early(x_BD.device)
     processors = torch.cuda.get_device_properties(x_BD.device).multi_processor_count
     programs = min(triton.cdiv(outputs, sizes.block), sizes.programs * processors)
     _normed[(programs,)](
         x_BD, *(x_BD if part is None else part for part in (y_BD, y_weight, scalar, x_weight)), weight_OD,
         half_OD, x_BD if other_BO is None else other_BO, after_BD, o_BO, width, outputs,
         before.y_gain.epsilon if before.y_gain else 0.0, before.gain.epsilon if before.gain else 0.0,
-        finish.cap or 0.0, 0 if other_BO is None else other_BO.stride(0), *finish.borders,
+        finish.cap or 0.0, *finish.borders,
         ADDED=y_BD is not None, Y_NORMED=before.y_gain is not None, Y_WEIGHT=y_weight is not None,
         SCALED=scalar is not None, NORMED=before.gain is not None, WEIGHT=x_weight is not None,
         KIND=KINDS[finish.kind], SILU=finish.activation == "silu", CAPPED=finish.cap is not None,
-        COUNT=rows, ROWS=padded, WIDE=triton.next_power_of_2(width), BLOCK=sizes.block, EARLY=soon,
-        num_warps=sizes.warps, launch_pdl=soon,
+        WIDE=triton.next_power_of_2(width), BLOCK=sizes.block, EARLY=soon, num_warps=sizes.warps, launch_pdl=soon,
     )  # fmt: skip
     return after_BD, o_BO
 
@@ -85,9 +82,9 @@ def launch_raised(x_BP: Tensor, first: int, weights: Sequence[Tensor]) -> Tensor
     shapes += [(0, 0)] * (MOST_GROUPS - len(shapes))
     blocks = sum(triton.cdiv(shape[1], block) for shape in shapes)
     soon = early(x_BP.device)
-    _raised[(blocks,)](
+    _raised[(blocks, rows)](
         x_BP, weights[0], o_BC, x_BP.stride(0), first, channels, *(size for shape in shapes for size in shape),
-        COUNT=rows, RANKS=triton.next_power_of_2(max(shape[0] for shape in shapes)),
+        RANKS=triton.next_power_of_2(max(shape[0] for shape in shapes)),
         BLOCK=block, EARLY=soon, num_warps=RAISED.warps, launch_pdl=soon,
     )  # fmt: skip
     return o_BC
@@ -95,51 +92,35 @@ def launch_raised(x_BP: Tensor, first: int, weights: Sequence[Tensor]) -> Tensor
 
 @triton.jit
 def _product(
-    x, weight, o, inputs, outputs, x_b, weight_o, COUNT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr,
+    x, weight, o, inputs, outputs, weight_o, BLOCK: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr
 ):  # fmt: skip
-    step_1I, row_R = tl.arange(0, STEP)[None, :], tl.arange(0, ROWS)
-    wide_O = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    step_1I, wide_O = tl.arange(0, STEP)[None, :], tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_O1 = (wide_O < outputs)[:, None]
     weight_OI = weight + wide_O.to(tl.int64)[:, None] * weight_o + step_1I
     next_OI = tl.load(weight_OI, mask=in_O1 & (step_1I < inputs), other=0.0)
     admit_next(EARLY)
     await_former(EARLY)
-    # A row alone is summed over the steps first and over the inputs of a step at the end.
+    # Over the steps first, and over the inputs of a step at the end.
     sum_OI = tl.zeros((BLOCK, STEP), tl.float32)
-    o_RO = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, inputs, STEP):
         w_OI = next_OI.to(tl.float32)
         next_1I = start + STEP + step_1I
         next_OI = tl.load(weight_OI + start + STEP, mask=in_O1 & (next_1I < inputs), other=0.0)
         at_1I = start + step_1I
-        for row in tl.static_range(COUNT):
-            x_1I = tl.load(x + row * x_b + at_1I, mask=at_1I < inputs, other=0.0)
-            if ROWS == 1:
-                sum_OI += w_OI * x_1I.to(tl.float32)
-            else:
-                o_O = tl.sum(w_OI * x_1I.to(tl.float32), 1)
-                o_RO += tl.where((row_R == row)[:, None], o_O[None, :], 0.0)
-    if ROWS == 1:
-        o_RO += tl.sum(sum_OI, 1)[None, :]
-    at_RO = row_R[:, None] * outputs + wide_O[None, :]
-    in_RO = (row_R < COUNT)[:, None] & (wide_O < outputs)[None, :]
-    tl.store(o + at_RO, o_RO.to(o.dtype.element_ty), mask=in_RO)
+        sum_OI += w_OI * tl.load(x + at_1I, mask=at_1I < inputs, other=0.0).to(tl.float32)
+    tl.store(o + wide_O, tl.sum(sum_OI, 1).to(o.dtype.element_ty), mask=wide_O < outputs)
 
 
 @triton.jit
 def _normed(
     x, y, y_weight, scalar, x_weight, weight, half, other, after, o, width, outputs, y_epsilon, x_epsilon,
-    cap, other_b, tanh_from, sigmoid_from,
+    cap, tanh_from, sigmoid_from,
     ADDED: tl.constexpr, Y_NORMED: tl.constexpr, Y_WEIGHT: tl.constexpr, SCALED: tl.constexpr, NORMED: tl.constexpr,
-    WEIGHT: tl.constexpr, KIND: tl.constexpr, SILU: tl.constexpr, CAPPED: tl.constexpr, COUNT: tl.constexpr,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    WEIGHT: tl.constexpr, KIND: tl.constexpr, SILU: tl.constexpr, CAPPED: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    row_R, wide_1D, block_O = tl.arange(0, ROWS), tl.arange(0, WIDE)[None, :], tl.arange(0, BLOCK)
-    in_1D = wide_1D < width
-    at_RD = row_R[:, None] * width + wide_1D
-    in_RD = (row_R < COUNT)[:, None] & in_1D
-    first = tl.program_id(0) * BLOCK
+    wide_1D, block_O = tl.arange(0, WIDE)[None, :], tl.arange(0, BLOCK)
+    in_1D, first = wide_1D < width, tl.program_id(0) * BLOCK
     next_OD = _tile(weight, first, outputs, width, block_O, wide_1D, in_1D)
     if KIND == GATED:
         next_up_OD = _tile(half, first, outputs, width, block_O, wide_1D, in_1D)
@@ -151,49 +132,40 @@ def _normed(
         factor = tl.load(scalar).to(tl.float32)
     admit_next(EARLY)
     await_former(EARLY)
-    x_RD = tl.load(x + at_RD, mask=in_RD, other=0.0).to(tl.float32)
+    x_1D = tl.load(x + wide_1D, mask=in_1D, other=0.0).to(tl.float32)
     if ADDED:
-        y_RD = tl.load(y + at_RD, mask=in_RD, other=0.0).to(tl.float32)
+        y_1D = tl.load(y + wide_1D, mask=in_1D, other=0.0).to(tl.float32)
         if Y_NORMED:
-            y_RD *= tl.rsqrt(tl.sum(y_RD * y_RD, 1) / width + y_epsilon)[:, None]
+            y_1D *= tl.rsqrt(tl.sum(y_1D * y_1D, 1) / width + y_epsilon)[:, None]
         if Y_WEIGHT:
-            y_RD *= y_weight_1D
-        x_RD += y_RD
+            y_1D *= y_weight_1D
+        x_1D += y_1D
     if SCALED:
-        x_RD *= factor
+        x_1D *= factor
     if ADDED or SCALED:  # noqa: SIM102
         if tl.program_id(0) == 0:
-            tl.store(after + at_RD, x_RD.to(after.dtype.element_ty), mask=in_RD)
+            tl.store(after + wide_1D, x_1D.to(after.dtype.element_ty), mask=in_1D)
     if NORMED:
-        x_RD *= tl.rsqrt(tl.sum(x_RD * x_RD, 1) / width + x_epsilon)[:, None]
+        x_1D *= tl.rsqrt(tl.sum(x_1D * x_1D, 1) / width + x_epsilon)[:, None]
     if WEIGHT:
-        x_RD *= x_weight_1D
+        x_1D *= x_weight_1D
     stride = tl.num_programs(0) * BLOCK
     for start in range(first, outputs, stride):
         wide_O = start + block_O
+        in_O = wide_O < outputs
         w_OD = next_OD.to(tl.float32)
         next_OD = _tile(weight, start + stride, outputs, width, block_O, wide_1D, in_1D)
         if KIND == GATED:
             up_OD = next_up_OD.to(tl.float32)
             next_up_OD = _tile(half, start + stride, outputs, width, block_O, wide_1D, in_1D)
-        for row in tl.static_range(COUNT):
-            x_1D = x_RD
-            if ROWS > 1:
-                x_1D = tl.sum(tl.where((row_R == row)[:, None], x_RD, 0.0), 0)[None, :]
-            in_O = wide_O < outputs
-            if KIND == TIMES:
-                other_O = tl.load(other + row * other_b + wide_O, mask=in_O, other=0.0).to(tl.float32)
-            o_O = tl.sum(w_OD * x_1D, 1)
-            if KIND == GATED:
-                o_O = _activated(o_O, SILU) * tl.sum(up_OD * x_1D, 1)
-            if KIND == TIMES:
-                o_O = _activated(o_O, SILU) * other_O
-            if KIND == RANKED:
-                is_tanh_O = (wide_O >= tanh_from) & (wide_O < sigmoid_from)
-                o_O = tl.where(is_tanh_O, tanh(o_O), tl.where(wide_O < tanh_from, o_O, tl.sigmoid(o_O)))
-            if CAPPED:
-                o_O = cap * tanh(o_O / cap)
-            tl.store(o + row * outputs + wide_O, o_O.to(o.dtype.element_ty), mask=in_O)
+        o_O = tl.sum(w_OD * x_1D, 1)
+        up_O, other_O = o_O, o_O
+        if KIND == GATED:
+            up_O = tl.sum(up_OD * x_1D, 1)
+        if KIND == TIMES:
+            other_O = tl.load(other + wide_O, mask=in_O, other=0.0).to(tl.float32)
+        o_O = finished(o_O, up_O, other_O, wide_O, cap, tanh_from, sigmoid_from, KIND, SILU, CAPPED)
+        tl.store(o + wide_O, o_O.to(o.dtype.element_ty), mask=in_O)
 
 
 @triton.jit
@@ -205,18 +177,9 @@ def _tile(weight, start, outputs, width, block_O, wide_1D, in_1D):
 
 
 @triton.jit
-def _activated(x, SILU: tl.constexpr):
-    """silu, or gelu in its tanh form: 0.5 x (1 + tanh(u)) = x sigmoid(2 u)."""
-    u = x
-    if not SILU:
-        u = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-    return x * tl.sigmoid(u)
-
-
-@triton.jit
 def _raised(
     x, weight, o, x_b, first, channels, ranks_0, channels_0, ranks_1, channels_1, ranks_2, channels_2, ranks_3,
-    channels_3, COUNT: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    channels_3, RANKS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     block, start = tl.program_id(0), 0
     ranks, own = ranks_0, channels_0
@@ -243,7 +206,7 @@ def _raised(
     )
     admit_next(EARLY)
     await_former(EARLY)
-    for row in tl.static_range(COUNT):
-        x_K1 = tl.load(x + row * x_b + first + rank_K1, mask=in_K1, other=0.0)
-        o_C = tl.sum(x_K1.to(tl.float32) * w_KC, 0)
-        tl.store(o + row * channels + start + wide_C, o_C.to(o.dtype.element_ty), mask=in_C)
+    row = tl.program_id(1)
+    x_K1 = tl.load(x + row * x_b + first + rank_K1, mask=in_K1, other=0.0)
+    o_C = tl.sum(x_K1.to(tl.float32) * w_KC, 0)
+    tl.store(o + row * channels + start + wide_C, o_C.to(o.dtype.element_ty), mask=in_C)
