@@ -64,7 +64,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)},sizes")
-    parser.add_argument("--batches", default="1", help="sequences of `times` and `sizes`, with commas")
+    parser.add_argument("--batches", default="1", help="sequences of all parts but `errors`, with commas")
     parser.add_argument("--executions", default="graph,kernels", help="ways to decode, the definition first")
     parser.add_argument("--tiny", action="store_true", help="in small, on a CPU")
     parser.add_argument("--json", type=Path, metavar="FOLDER")
@@ -86,7 +86,7 @@ def main() -> int:
             decoders = {name: make_decoder(network, name) for name in names}
         if wide_model is not None:
             seen = SEEN // 10 if given.tiny else SEEN
-            wide = Network(wide_model, rows=max(BATCHES), length=PAGE)
+            wide = Network(wide_model, rows=network.states.rows, length=PAGE)
             for each in (network, wide):
                 each.states.grow(max(BATCHES) * (seen // PAGE + 2))
             rows += note(error_rows(network, wide, decoders, seen))
@@ -98,7 +98,8 @@ def main() -> int:
         if "times" in parts:
             rows += note(row for name, own in decoders.items() for row in time_rows(name, own, batches))
         if "profile" in parts:
-            rows += profile_rows(names[-1], decoders[names[-1]])
+            for batch in batches:
+                rows += profile_rows(names[-1], decoders[names[-1]], batch)
         if "sizes" in parts:
             step = KernelStep(network)
             rows += note(row for batch in batches for row in size_rows(network, step, batch))
@@ -272,9 +273,9 @@ def neighbours(held: sizes.Sizes, fewest: int) -> Iterator[sizes.Sizes]:
                 yield dataclasses.replace(held, **{field: other})
 
 
-def profile_rows(name: str, decoder: GraphDecoder) -> list[Row]:
+def profile_rows(name: str, decoder: GraphDecoder, batch: int) -> list[Row]:
     """The kernels of a replayed step, printed as a table."""
-    decoder([5], [CONTEXTS[0]], [list(range(1, CONTEXTS[0] // PAGE + 2))])
+    decoder([5] * batch, [CONTEXTS[0]] * batch, own_pages(CONTEXTS[0], batch))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         decoder.last_graph.replay()
         torch.cuda.synchronize()
@@ -283,13 +284,13 @@ def profile_rows(name: str, decoder: GraphDecoder) -> list[Row]:
         print("profile: the profiler saw no kernel")
         return []
     span = max(e.time_range.end for e in kernels) - min(e.time_range.start for e in kernels)
-    print(f"profile: {len(kernels)} kernels in {span:.0f} us")
+    print(f"profile: {len(kernels)} kernels in {span:.0f} us, {batch} sequences")
     rows: list[Row] = []
     for kernel in sorted({e.name for e in kernels}):
         own = [e.time_range.elapsed_us() for e in kernels if e.name == kernel]
         print(f"{sum(own):9.1f} us {len(own):5d} x {statistics.mean(own):8.2f}  {kernel[:90]}")
         row = {"kernel": kernel, "launches": len(own), "microseconds": sum(own), "step_microseconds": span}
-        rows.append({"benchmark": "decode_step", "execution": name} | row)
+        rows.append({"benchmark": "decode_step", "execution": name, "batch": batch} | row)
     return rows
 
 

@@ -173,7 +173,7 @@ def decode_product() -> None:
     module = importlib.import_module("trihybrid.ops.decode_product")
     launches = importlib.import_module("trihybrid.ops.decode_product.triton")
     gain = module.Gain(torch.ones(1536), 1e-6)
-    for rows in (1, 2, 8, 16):
+    for rows in (1, 8):
         x, y, other = (torch.randn(rows, size, dtype=torch.bfloat16) for size in (1536, 1536, 256))
         before = module.Before(y, gain, torch.ones(1), gain)
         for finish, outputs in (

@@ -204,8 +204,7 @@ def make_decoder(network: Network, execution: Execution) -> Decoder:
 
 
 def by_rows(network: Network) -> Decode:
-    """The kernels for as many sequences as they take, and what `fused-graph` runs for more; where that becomes the
-    faster one has not been measured.
+    """The kernels for as many sequences as they take, and what `fused-graph` runs for more.
 
     Raises:
         ValueError: a model that the kernels do not take, with the reason.

@@ -1,12 +1,13 @@
-"""Products of a few rows with a weight matrix, and what stands around them in a decoding step, as one launch each.
+"""Products of a few rows with a weight matrix, and what stands around them in a decoding step: one launch each, or two
+where several rows have something before them.
 
     x' = (x + n_y(y)) s          the residual stream behind the last branch: y that branch, s a layer's scalar
     z = n_x(x')                  the input of the next product
     o = finish(z W^T)            activation(gate) up, activation(gate) p, tanh and sigmoid of some rows, a softcap
 
-Bound by the bytes of W: of each product they are read once, for all rows. The kernels of `triton` take half precision
-on a GPU and at most `MOST_ROWS` rows, and round at the end alone; everywhere else these are torch's operators. `sizes`
-has the blocks.
+Bound by the bytes of W: of each product they are read once, for all rows. The kernels of `triton` (one row) and
+`several` take half precision on a GPU and at most `MOST_ROWS` rows; everywhere else these are torch's operators. One
+row is rounded at the end alone, several before their product too. `sizes` has the blocks.
 
 Legend: B rows, D width of the stream, I inputs, O outputs, F outputs behind the finish, R rank of a group, C channels.
 """
@@ -23,7 +24,7 @@ from trihybrid.ops.softcap import softcap
 
 __all__ = ["MOST_ROWS", "Before", "Finish", "Gain", "fits", "normed_product", "product", "raised"]
 
-MOST_ROWS = 16
+MOST_ROWS = 8
 WIDEST = 8192  # a program holds whole rows of the stream, in registers
 ACTIVATIONS = {"gelu": lambda x: gelu(x, approximate="tanh"), "silu": silu}
 

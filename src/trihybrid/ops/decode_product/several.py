@@ -14,7 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 from trihybrid.ops.decode_product import Before, Finish
-from trihybrid.ops.decode_product.finish import GATED, KINDS, TIMES, finished
+from trihybrid.ops.decode_product.around import (
+    GATED,
+    KINDS,
+    TIMES,
+    factor_of,
+    finished,
+    gains,
+    moved,
+    moves,
+    normed,
+    parts_of,
+)
 from trihybrid.ops.decode_product.sizes import FEWEST, several_sizes
 from trihybrid.ops.early import admit_next, await_former, early
 
@@ -50,21 +61,15 @@ def launch_several(x_BI: Tensor, weight_OI: Tensor, finish: Finish) -> Tensor:
 
 def _launch_stream(x_BD: Tensor, before: Before) -> tuple[Tensor, Tensor]:
     """The stream x' and the product's input z."""
-    y_BD, scalar = before.y_BD, before.scalar
-    y_weight = None if before.y_gain is None else before.y_gain.weight
-    x_weight = None if before.gain is None else before.gain.weight
-    moved = y_BD is not None or scalar is not None
-    if not moved and before.gain is None:
+    if not moves(before) and before.gain is None:
         return x_BD, x_BD
     (rows, width), soon = x_BD.shape, early(x_BD.device)
-    after_BD = torch.empty_like(x_BD) if moved else x_BD
+    after_BD = torch.empty_like(x_BD) if moves(before) else x_BD
     z_BD = after_BD if before.gain is None else torch.empty_like(x_BD)
+    pointers, epsilons, flags = parts_of(before, x_BD)
     _stream[(rows,)](
-        x_BD, *(x_BD if part is None else part for part in (y_BD, y_weight, scalar, x_weight)), after_BD, z_BD,
-        width, before.y_gain.epsilon if before.y_gain else 0.0, before.gain.epsilon if before.gain else 0.0,
-        ADDED=y_BD is not None, Y_NORMED=before.y_gain is not None, Y_WEIGHT=y_weight is not None,
-        SCALED=scalar is not None, NORMED=before.gain is not None, WEIGHT=x_weight is not None,
-        WIDE=triton.next_power_of_2(width), EARLY=soon, num_warps=8, launch_pdl=soon,
+        x_BD, *pointers, after_BD, z_BD, width, *epsilons, **flags, WIDE=triton.next_power_of_2(width), EARLY=soon,
+        num_warps=8, launch_pdl=soon,
     )  # fmt: skip
     return after_BD, z_BD
 
@@ -75,33 +80,21 @@ def _stream(
     ADDED: tl.constexpr, Y_NORMED: tl.constexpr, Y_WEIGHT: tl.constexpr, SCALED: tl.constexpr, NORMED: tl.constexpr,
     WEIGHT: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    wide_D = tl.arange(0, WIDE)
-    in_D, at_D = wide_D < width, tl.program_id(0) * width + wide_D
-    if Y_WEIGHT:
-        y_weight_D = tl.load(y_weight + wide_D, mask=in_D, other=0.0).to(tl.float32)
-    if WEIGHT:
-        x_weight_D = tl.load(x_weight + wide_D, mask=in_D, other=0.0).to(tl.float32)
-    if SCALED:
-        factor = tl.load(scalar).to(tl.float32)
+    wide_1D = tl.arange(0, WIDE)[None, :]
+    in_1D, at_1D = wide_1D < width, tl.program_id(0) * width + wide_1D
+    y_weight_1D, x_weight_1D = (
+        gains(y_weight, wide_1D, in_1D, Y_WEIGHT),
+        gains(x_weight, wide_1D, in_1D, WEIGHT),
+    )
+    factor = factor_of(scalar, SCALED)
     admit_next(EARLY)
     await_former(EARLY)
-    x_D = tl.load(x + at_D, mask=in_D, other=0.0).to(tl.float32)
-    if ADDED:
-        y_D = tl.load(y + at_D, mask=in_D, other=0.0).to(tl.float32)
-        if Y_NORMED:
-            y_D *= tl.rsqrt(tl.sum(y_D * y_D, 0) / width + y_epsilon)
-        if Y_WEIGHT:
-            y_D *= y_weight_D
-        x_D += y_D
-    if SCALED:
-        x_D *= factor
+    x_1D = moved(x, y, y_weight_1D, factor, at_1D, in_1D, width, y_epsilon, ADDED, Y_NORMED, Y_WEIGHT, SCALED)
     if ADDED or SCALED:
-        tl.store(after + at_D, x_D.to(after.dtype.element_ty), mask=in_D)
+        tl.store(after + at_1D, x_1D.to(after.dtype.element_ty), mask=in_1D)
     if NORMED:
-        x_D *= tl.rsqrt(tl.sum(x_D * x_D, 0) / width + x_epsilon)
-        if WEIGHT:
-            x_D *= x_weight_D
-        tl.store(z + at_D, x_D.to(z.dtype.element_ty), mask=in_D)
+        z_1D = normed(x_1D, x_weight_1D, width, x_epsilon, NORMED, WEIGHT)
+        tl.store(z + at_1D, z_1D.to(z.dtype.element_ty), mask=in_1D)
 
 
 @triton.jit

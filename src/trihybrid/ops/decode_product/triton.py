@@ -19,7 +19,18 @@ import triton.language as tl
 from torch import Tensor
 
 from trihybrid.ops.decode_product import Before, Finish
-from trihybrid.ops.decode_product.finish import GATED, KINDS, TIMES, finished
+from trihybrid.ops.decode_product.around import (
+    GATED,
+    KINDS,
+    TIMES,
+    factor_of,
+    finished,
+    gains,
+    moved,
+    moves,
+    normed,
+    parts_of,
+)
 from trihybrid.ops.decode_product.several import launch_several, launch_several_normed
 from trihybrid.ops.decode_product.sizes import RAISED, normed_sizes, product_sizes
 from trihybrid.ops.early import admit_next, await_former, early
@@ -49,23 +60,16 @@ def launch_normed(x_BD: Tensor, weight_OD: Tensor, before: Before, finish: Finis
     if finish.kind == "gated":
         outputs //= 2
     half_OD = weight_OD[outputs:] if finish.kind == "gated" else weight_OD
-    # What is not there is never read; something has to stand in its place.
-    y_BD, scalar, other_BO = before.y_BD, before.scalar, finish.other_BO
-    y_weight = None if before.y_gain is None else before.y_gain.weight
-    x_weight = None if before.gain is None else before.gain.weight
-    after_BD = torch.empty_like(x_BD) if y_BD is not None or scalar is not None else x_BD
+    after_BD, other_BO = torch.empty_like(x_BD) if moves(before) else x_BD, finish.other_BO
     kind = torch.float32 if finish.kind == "logits" else x_BD.dtype
     o_BO = torch.empty((rows, outputs), dtype=kind, device=x_BD.device)
     sizes, soon = normed_sizes(outputs, finish.kind), early(x_BD.device)
     processors = torch.cuda.get_device_properties(x_BD.device).multi_processor_count
     programs = min(triton.cdiv(outputs, sizes.block), sizes.programs * processors)
+    pointers, epsilons, flags = parts_of(before, x_BD)
     _normed[(programs,)](
-        x_BD, *(x_BD if part is None else part for part in (y_BD, y_weight, scalar, x_weight)), weight_OD,
-        half_OD, x_BD if other_BO is None else other_BO, after_BD, o_BO, width, outputs,
-        before.y_gain.epsilon if before.y_gain else 0.0, before.gain.epsilon if before.gain else 0.0,
-        finish.cap or 0.0, *finish.borders,
-        ADDED=y_BD is not None, Y_NORMED=before.y_gain is not None, Y_WEIGHT=y_weight is not None,
-        SCALED=scalar is not None, NORMED=before.gain is not None, WEIGHT=x_weight is not None,
+        x_BD, *pointers, weight_OD, half_OD, x_BD if other_BO is None else other_BO, after_BD, o_BO, width, outputs,
+        *epsilons, finish.cap or 0.0, *finish.borders, **flags,
         KIND=KINDS[finish.kind], SILU=finish.activation == "silu", CAPPED=finish.cap is not None,
         WIDE=triton.next_power_of_2(width), BLOCK=sizes.block, EARLY=soon, num_warps=sizes.warps, launch_pdl=soon,
     )  # fmt: skip
@@ -124,31 +128,20 @@ def _normed(
     next_OD = _tile(weight, first, outputs, width, block_O, wide_1D, in_1D)
     if KIND == GATED:
         next_up_OD = _tile(half, first, outputs, width, block_O, wide_1D, in_1D)
-    if Y_WEIGHT:
-        y_weight_1D = tl.load(y_weight + wide_1D, mask=in_1D, other=0.0).to(tl.float32)
-    if WEIGHT:
-        x_weight_1D = tl.load(x_weight + wide_1D, mask=in_1D, other=0.0).to(tl.float32)
-    if SCALED:
-        factor = tl.load(scalar).to(tl.float32)
+    y_weight_1D, x_weight_1D = (
+        gains(y_weight, wide_1D, in_1D, Y_WEIGHT),
+        gains(x_weight, wide_1D, in_1D, WEIGHT),
+    )
+    factor = factor_of(scalar, SCALED)
     admit_next(EARLY)
     await_former(EARLY)
-    x_1D = tl.load(x + wide_1D, mask=in_1D, other=0.0).to(tl.float32)
-    if ADDED:
-        y_1D = tl.load(y + wide_1D, mask=in_1D, other=0.0).to(tl.float32)
-        if Y_NORMED:
-            y_1D *= tl.rsqrt(tl.sum(y_1D * y_1D, 1) / width + y_epsilon)[:, None]
-        if Y_WEIGHT:
-            y_1D *= y_weight_1D
-        x_1D += y_1D
-    if SCALED:
-        x_1D *= factor
+    x_1D = moved(
+        x, y, y_weight_1D, factor, wide_1D, in_1D, width, y_epsilon, ADDED, Y_NORMED, Y_WEIGHT, SCALED
+    )
     if ADDED or SCALED:  # noqa: SIM102
         if tl.program_id(0) == 0:
             tl.store(after + wide_1D, x_1D.to(after.dtype.element_ty), mask=in_1D)
-    if NORMED:
-        x_1D *= tl.rsqrt(tl.sum(x_1D * x_1D, 1) / width + x_epsilon)[:, None]
-    if WEIGHT:
-        x_1D *= x_weight_1D
+    x_1D = normed(x_1D, x_weight_1D, width, x_epsilon, NORMED, WEIGHT)
     stride = tl.num_programs(0) * BLOCK
     for start in range(first, outputs, stride):
         wide_O = start + block_O
