@@ -62,10 +62,18 @@ def reference(model: PreTrainedModel, tokens: list[int]) -> Tensor:
 
 
 def read(network: Network, tokens: list[int], row: int, pages: list[int], chunk: int) -> Tensor:
-    """Logits behind the last token, which is in `row` now."""
-    for start in range(0, len(tokens), chunk):
-        piece = tokens[start : start + chunk]
-        logits = network.prefill(piece, row, start, pages, logits=start + chunk >= len(tokens))
+    """Logits behind the last token, which is in `row` now; with fast prefill a step has read it."""
+    fast = network.fast_prefill
+    end, logits = len(tokens) - fast, None
+    for start in range(0, end, chunk):
+        piece = tokens[start : min(start + chunk, end)]
+        logits = network.prefill(piece, row, start, pages, logits=not fast and start + chunk >= end)
+    if fast:
+        # A step reads the rows in front.
+        ids, positions, table = (torch.tensor([x], device=network.device) for x in (tokens[-1], end, pages))
+        network.states.swap(0, row)
+        logits = network.decode(ids, positions, table)[0]
+        network.states.swap(0, row)
     assert logits is not None
     return logits
 

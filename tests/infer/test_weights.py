@@ -33,10 +33,11 @@ def teacher() -> PreTrainedModel:
 def logits(model: PreTrainedModel, kept: Weights) -> tuple[Tensor, Engine]:
     """Behind the prompt."""
     engine = Engine(model, chunk=16, weights=kept)
+    pages, seen = engine._book.take(1), len(PROMPT) - 1
     with torch.inference_mode():
-        logits_V = engine._network.prefill(PROMPT, 0, 0, engine._book.take(1), True)
-    assert logits_V is not None
-    return logits_V, engine
+        engine._network.prefill(PROMPT[:seen], 0, 0, pages, logits=False)
+        given = (torch.tensor([x]) for x in (PROMPT[seen], seen, pages))
+        return engine._network.decode(*given)[0], engine
 
 
 def test_a_name_that_is_not_there_and_a_missing_torchao_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

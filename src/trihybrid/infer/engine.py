@@ -9,7 +9,8 @@
 
 One thread calls it. A prompt is read in pieces that end at multiples of `chunk` and at its marks, whatever else is
 there, so that a sequence meets the same sums alone and among others; its last token is read by the decoding step when
-all before it was read already, so that a restored sequence meets the same sums as one that goes on.
+all before it was read already, so that a restored sequence meets the same sums as one that goes on, and always in
+models of which a prompt passes the lower layers alone.
 
 Legend: B sequences, M pages of the longest, V vocabulary.
 """
@@ -203,7 +204,8 @@ class Engine:
         for sequence in list(self._waiting):
             logits_V = None
             while sequence.seen < len(sequence.tokens):
-                if sequence.seen and sequence.seen == len(sequence.tokens) - 1:
+                alone = sequence.seen == len(sequence.tokens) - 1
+                if alone and (sequence.seen or self._network.fast_prefill):
                     self._waiting.remove(sequence)
                     self._promote(sequence)
                     break
@@ -229,7 +231,8 @@ class Engine:
     def _border(self, sequence: Running) -> int:
         """Where the next piece of a prompt ends."""
         marks = [mark for mark in sequence.marks if mark > sequence.seen]
-        return min((sequence.seen // self.chunk + 1) * self.chunk, len(sequence.tokens), *marks)
+        last = len(sequence.tokens) - self._network.fast_prefill
+        return min((sequence.seen // self.chunk + 1) * self.chunk, last, *marks)
 
     def _decode(self, ready: list[Running]) -> list[tuple[Running, int]]:
         logits_BV = self._decoder(

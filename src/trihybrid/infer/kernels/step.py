@@ -135,7 +135,7 @@ class KernelStep:
     def _combined(self, ids_B: Tensor, context_BC: Tensor) -> list[Tensor]:
         """The per-layer inputs [B, P] of all layers."""
         assert self._per_layer is not None
-        inputs_BTLP = self._per_layer.combined(ids_B[:, None], context_BC[:, None], 0, len(self._layers))
+        inputs_BTLP = self._per_layer.combined(ids_B[:, None], context_BC[:, None], len(self._layers))
         return list(inputs_BTLP[:, 0].unbind(1))
 
 

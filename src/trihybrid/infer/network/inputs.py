@@ -25,22 +25,20 @@ class PerLayerInputs:
         self._width: int = decoder.hidden_size_per_layer_input
         self._norm = Norm(decoder.per_layer_projection_norm, plus_one=False)
 
-    def __call__(self, ids_BT: Tensor, x_BTD: Tensor, first: int, last: int) -> list[Tensor]:
-        """Inputs [B, T, P] of layers `first` to `last` - 1, from ids and their embeddings."""
-        part = slice(first * self._width, last * self._width)
-        context_BTC = linear(x_BTD, self.projection[part])
-        return list(self.combined(ids_BT, context_BTC, first, last).unbind(2))
+    def __call__(self, ids_BT: Tensor, x_BTD: Tensor, count: int) -> list[Tensor]:
+        """Inputs [B, T, P] of the first `count` layers, from ids and their embeddings."""
+        context_BTC = linear(x_BTD, self.projection[: count * self._width])
+        return list(self.combined(ids_BT, context_BTC, count).unbind(2))
 
     @property
     def projection(self) -> Tensor:
         """W of all layers, [L P, D]."""
         return self._decoder.per_layer_model_projection.weight
 
-    def combined(self, ids_BT: Tensor, context_BTC: Tensor, first: int, last: int) -> Tensor:
-        """Inputs [B, T, L, P] of layers `first` to `last` - 1, from ids and W e of these layers."""
-        decoder = self._decoder
-        part, shape = slice(first * self._width, last * self._width), (last - first, self._width)
+    def combined(self, ids_BT: Tensor, context_BTC: Tensor, count: int) -> Tensor:
+        """Inputs [B, T, L, P] of the first `count` layers, from ids and W e of these layers."""
+        decoder, shape = self._decoder, (count, self._width)
         table = decoder.embed_tokens_per_layer
-        rows_BTC = table.weight[:, part][ids_BT] * table.embed_scale.to(context_BTC.dtype)
+        rows_BTC = table.weight[:, : count * self._width][ids_BT] * table.embed_scale.to(context_BTC.dtype)
         context_BTLP = (context_BTC * decoder.per_layer_model_projection_scale).unflatten(-1, shape)
         return (self._norm(context_BTLP) + rows_BTC.unflatten(-1, shape)) * decoder.per_layer_input_scale

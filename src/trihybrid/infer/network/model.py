@@ -1,7 +1,8 @@
 """The whole forward pass: chunks of prompts, and one token of each of several sequences.
 
 The layers above the last one that stores anything are read by nobody but the head. A chunk leaves them out, and the
-last token of a prompt alone passes them: Gemma 4's fast prefill, in teachers and in students whose plan keeps it.
+last token of a prompt alone passes them, in a step of `decode`: Gemma 4's fast prefill, in teachers and in students
+whose plan keeps it.
 
 Legend: B sequences, T tokens, D model width, V vocabulary, M pages in a table.
 """
@@ -44,6 +45,7 @@ class Network:
         media: id -> name of tokens that are no text.
         positions: max_position_embeddings; None where the configuration has none.
         below: layers that every token of a prompt passes; the others store nothing.
+        fast_prefill: whether there are others.
         model, decoder, body: the model, its text decoder, and the family's anatomy.
         layers, norm, per_layer: our form of the layers, of the last norm, and of per-layer inputs where there are any.
 
@@ -70,6 +72,7 @@ class Network:
         self.states = States(self._shapes(), rows, length, self.dtype, self.device, tokens)
         storing = [shape.layer for shape in self.states.shapes]
         self.below = max(storing) + 1
+        self.fast_prefill = self.below < len(self._slots)
         self.norm = Norm(self.decoder.norm, self.body.norm == "one_plus_weight")
         self.per_layer = None
         if getattr(self.decoder, "hidden_size_per_layer_input", 0):
@@ -103,23 +106,17 @@ class Network:
 
         Args:
             pages: enough for all its tokens up to the end of these.
-            logits: whether those behind the last token are wanted.
+            logits: whether those behind the last token are wanted. With `fast_prefill` they are not to be had: leave
+                that token to `decode`.
 
         Returns:
             logits [V], float32 (float64 in a float64 model), or None.
         """
+        assert not (logits and self.fast_prefill)
         ids_BT = torch.tensor([tokens], dtype=torch.int64, device=self.device)
         chunk = Chunk(row, start, len(tokens), pages, self.states.length, self.device)
-        x_BTD = self.decoder.embed_tokens(ids_BT)
-        embedded_B1D = x_BTD[:, -1:]
-        x_BTD = self._run(ids_BT, x_BTD, x_BTD, chunk, 0, self.below)
-        if not logits:
-            return None
-        x_B1D = x_BTD[:, -1:]
-        if self.below < len(self.layers):
-            last = (self.below, len(self.layers))
-            x_B1D = self._run(ids_BT[:, -1:], embedded_B1D, x_B1D, chunk.last(), *last)
-        return self._head(x_B1D)[0]
+        x_BTD = self._run(ids_BT, chunk, self.below)
+        return self._head(x_BTD[:, -1:])[0] if logits else None
 
     def decode(self, ids_B: Tensor, positions_B: Tensor, table_BM: Tensor, fusion: Fusion = PLAIN) -> Tensor:
         """Let the sequences in rows 0 to B - 1 read one token each: a function of tensors, to be recorded.
@@ -133,18 +130,16 @@ class Network:
         Returns:
             logits [B, V], float32 (float64 in a float64 model).
         """
-        turn = Turn(0, positions_B[:, None], table_BM, self.states.length, fusion)
-        ids_B1 = ids_B[:, None]
-        x_B1D = self.decoder.embed_tokens(ids_B1)
-        return self._head(self._run(ids_B1, x_B1D, x_B1D, turn, 0, len(self.layers)))
+        turn = Turn(positions_B[:, None], table_BM, self.states.length, fusion)
+        return self._head(self._run(ids_B[:, None], turn, len(self.layers)))
 
-    def _run(
-        self, ids_BT: Tensor, embedded_BTD: Tensor, x_BTD: Tensor, place: Place, first: int, last: int
-    ) -> Tensor:
-        inputs: list[Tensor] | list[None] = [None] * (last - first)
+    def _run(self, ids_BT: Tensor, place: Place, count: int) -> Tensor:
+        """The stream behind the first `count` layers."""
+        x_BTD = self.decoder.embed_tokens(ids_BT)
+        inputs: list[Tensor] | list[None] = [None] * count
         if self.per_layer is not None:
-            inputs = self.per_layer(ids_BT, embedded_BTD, first, last)
-        for layer, input_BTP in zip(self.layers[first:last], inputs, strict=True):
+            inputs = self.per_layer(ids_BT, x_BTD, count)
+        for layer, input_BTP in zip(self.layers[:count], inputs, strict=True):
             x_BTD = layer(x_BTD, place, input_BTP)
         return x_BTD
 

@@ -58,23 +58,20 @@ class Place(Protocol):
 
 
 class Turn:
-    """One token of each of B sequences.
+    """One token of each of B sequences, in rows 0 to B - 1.
 
     Args:
-        first: the row of the first sequence; those of the others follow.
         positions_B1: int64, how many tokens each has seen.
         table_BM: int64, its pages; entries behind its length name any page.
         length: tokens of a page.
         fusion: see `Place`.
     """
 
-    def __init__(
-        self, first: int, positions_B1: Tensor, table_BM: Tensor, length: int, fusion: Fusion
-    ) -> None:
+    def __init__(self, positions_B1: Tensor, table_BM: Tensor, length: int, fusion: Fusion) -> None:
         self.fusion = fusion
         self.span, self.shared = Span(positions_B1), Shared()
         self.rotary: dict[str, KeysValues] = {}
-        self._rows = slice(first, first + positions_B1.shape[0])
+        self._rows = slice(positions_B1.shape[0])
         self._table_BM = table_BM
         self._positions_B = positions_B1[:, 0]
         self._lengths_B = self._positions_B + 1
@@ -137,20 +134,11 @@ class Chunk:
         self.span, self.shared = Span(positions_T[None], start), Shared()
         self.rotary: dict[str, KeysValues] = {}
         self._row, self._start, self._end = row, start, start + tokens
-        self._length = length
-        self._pages = pages[: -(-self._end // length)]
-        self._run = (
-            self._pages == list(range(self._pages[0], self._pages[0] + len(self._pages))) if pages else True
-        )
-        self._pages_M = torch.tensor(self._pages, dtype=torch.int64, device=device)
-        if pages:
-            self._page_T, self._place_T = self._pages_M[positions_T // length], positions_T % length
+        self._pages, self._table_M = pages[: -(-self._end // length)], None
+        if self._pages and self._pages != list(range(self._pages[0], self._pages[0] + len(self._pages))):
+            self._table_M = torch.tensor(self._pages, dtype=torch.int64, device=device)
+            self._page_T, self._place_T = self._table_M[positions_T // length], positions_T % length
         self._seen: dict[int, KeysValues] = {}
-
-    def last(self) -> Turn:
-        """The chunk's last token alone, for layers that store nothing: what they read is there already."""
-        table_BM = self._pages_M[None] if self._pages else self._pages_M.new_zeros(1, 1)
-        return Turn(self._row, self.span.positions_BT[:, -1:], table_BM, self._length, self.fusion)
 
     def window(self, ring: Stored, q_BTHN: Tensor, new: KeysValues | None, scale: float) -> Tensor:
         if new is not None:
@@ -165,24 +153,32 @@ class Chunk:
         window, oldest = line_WGN.shape[0], self._start % line_WGN.shape[0]
         before = [line_WGN[oldest + 1 :], line_WGN[:oldest]] if self._start >= window else [line_WGN[:oldest]]
         seen_SGN = torch.cat([*before, new_TGN])
-        kept = min(len(new_TGN), window)
-        place_T = torch.arange(self._end - kept, self._end, device=lines.device) % window
-        line_WGN[place_T] = new_TGN[-kept:]
+        newest_TGN = new_TGN[-window:]
+        first = (self._end - len(newest_TGN)) % window
+        ahead = window - first
+        line_WGN[first : first + len(newest_TGN)] = newest_TGN[:ahead]
+        if len(newest_TGN) > ahead:
+            line_WGN[: len(newest_TGN) - ahead] = newest_TGN[ahead:]
         return seen_SGN
 
     def whole(self, pages: Stored, q_BTHN: Tensor, new: KeysValues | None, scale: float) -> Tensor:
         if new is not None:
-            pages.keys[self._page_T, self._place_T] = new[0][0]
-            pages.values[self._page_T, self._place_T] = new[1][0]
-        k_BSGN, v_BSGN = self._read(pages.keys), self._read(pages.values)
-        return chunk_attention(q_BTHN, k_BSGN, v_BSGN, None, scale)
+            self._write(pages.keys, new[0][0])
+            self._write(pages.values, new[1][0])
+        return chunk_attention(q_BTHN, self._read(pages.keys), self._read(pages.values), None, scale)
+
+    def _write(self, store_PLGN: Tensor, new_TGN: Tensor) -> None:
+        if self._table_M is None:
+            self._read(store_PLGN)[0, self._start :] = new_TGN
+        else:
+            store_PLGN[self._page_T, self._place_T] = new_TGN
 
     def _read(self, store_PLGN: Tensor) -> Tensor:
-        """All tokens up to the chunk's end: a view where its pages are one run, else a copy."""
-        if self._run:
+        """All tokens up to the chunk's end, [1, S, G, N]: a view where its pages are one run, else a copy."""
+        if self._table_M is None:
             dense_MLGN = store_PLGN[self._pages[0] : self._pages[0] + len(self._pages)]
         else:
-            dense_MLGN = store_PLGN[self._pages_M]
+            dense_MLGN = store_PLGN[self._table_M]
         return dense_MLGN.flatten(0, 1)[None, : self._end]
 
     def recur(self, matrix: Tensor, rwkv7: Rwkv7, x_BTD: Tensor) -> Tensor:
