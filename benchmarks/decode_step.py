@@ -33,7 +33,7 @@ from torch import Tensor
 from trihybrid.infer.execution import Decoder, EagerDecoder, GraphDecoder, make_decoder
 from trihybrid.infer.kernels import KernelStep
 from trihybrid.infer.network import Network
-from trihybrid.ops.decode_product import sizes
+from trihybrid.ops.decode_product import MOST_ROWS, sizes
 from trihybrid.testing import relative_error
 
 Row = dict[str, Any]
@@ -71,6 +71,8 @@ def main() -> int:
     given = parser.parse_args()
     parts, names = given.parts.split(","), given.executions.split(",")
     batches = [int(batch) for batch in given.batches.split(",")]
+    if "sizes" in parts and max(batches) > MOST_ROWS:
+        parser.error(f"--batches: the kernels take at most {MOST_ROWS} sequences")
     if not given.tiny and not torch.cuda.is_available():
         parser.error("no GPU here; --tiny runs in small on a CPU")
     rows: list[Row] = []
@@ -238,7 +240,8 @@ def size_rows(network: Network, step: KernelStep, batch: int) -> Iterator[Row]:
     best = measured()
     tables = {"SEVERAL": sizes.SEVERAL} if batch > 1 else {"PRODUCT": sizes.PRODUCT, "NORMED": sizes.NORMED}
     for name, table in tables.items():
-        for kind in table:
+        before = dict(table)
+        for kind in before:
             found = True
             while found:
                 held, found = table[kind], False
@@ -255,6 +258,7 @@ def size_rows(network: Network, step: KernelStep, batch: int) -> Iterator[Row]:
                         best, held, found = took, candidate, True
                         break
                 table[kind] = held
+        table.update(before)
 
 
 def triton_errors() -> tuple[type[Exception], ...]:

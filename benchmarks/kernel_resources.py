@@ -172,9 +172,9 @@ def decode_product() -> None:
     """E2B's stream, MLPs, low ranks and head, one sequence and many."""
     module = importlib.import_module("trihybrid.ops.decode_product")
     launches = importlib.import_module("trihybrid.ops.decode_product.triton")
-    gain = module.Gain(torch.ones(1536), 1e-6)
-    for rows in (1, 8):
-        x, y, other = (torch.randn(rows, size, dtype=torch.bfloat16) for size in (1536, 1536, 256))
+    for rows, width in ((1, 1536), (8, 1536), (1, module.WIDEST)):
+        gain = module.Gain(torch.ones(width), 1e-6)
+        x, y, other = (torch.randn(rows, size, dtype=torch.bfloat16) for size in (width, width, 256))
         before = module.Before(y, gain, torch.ones(1), gain)
         for finish, outputs in (
             (module.Finish(), 2560),
@@ -183,7 +183,7 @@ def decode_product() -> None:
             (module.Finish("ranks", borders=(600, 800)), 1024),
             (module.Finish("logits", cap=30.0), 4096),
         ):
-            launches.launch_normed(x, torch.zeros(outputs, 1536, dtype=torch.bfloat16), before, finish)
+            launches.launch_normed(x, torch.zeros(outputs, width, dtype=torch.bfloat16), before, finish)
         for inputs in (256, 2048, 6144):
             wide = torch.zeros(rows, inputs, dtype=torch.bfloat16)
             launches.launch_product(wide, torch.zeros(1536, inputs, dtype=torch.bfloat16))

@@ -86,6 +86,14 @@ def test_kernels_refuse_what_they_do_not_take(build, message: str) -> None:
         by_rows(Network(build(), rows=1, length=4))
 
 
+def test_kernels_refuse_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network(make_student().bfloat16(), rows=1, length=4)
+    network.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match=r"its GPU has no compute capability 8.0; choose fused-graph"):
+        by_rows(network)
+
+
 @torch.inference_mode()
 def test_more_sequences_than_the_kernels_take_go_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution, "MOST_ROWS", 2)

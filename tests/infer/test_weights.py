@@ -119,7 +119,8 @@ def test_on_a_gpu_a_map_is_what_its_rounded_weight_gives(kept: Weights, bound: f
     x = torch.randn(50, 1024, device="cuda", dtype=torch.bfloat16)
     wanted = x.double() @ plain.weight.double().T + plain.bias.double()
     quantise(nn.ModuleList([plain]).requires_grad_(False), kept)
-    assert 1e-3 < relative_error(plain(x), wanted) < bound
+    assert hasattr(plain.weight, "__tensor_flatten__")
+    assert 3e-3 < relative_error(plain(x), wanted) < bound
 
 
 @pytest.mark.gpu

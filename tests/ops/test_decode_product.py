@@ -17,15 +17,17 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def befores(rows: int, width: int) -> list[Before]:
-    gains = [Gain(1 + 0.3 * draw(width, seed=seed), 1e-6) for seed in (2, 3)]
+    # Epsilons that differ, and that are seen.
+    gains = [Gain(1 + 0.3 * draw(width, seed=seed), epsilon) for seed, epsilon in ((2, 0.1), (3, 2.0))]
     y_BD, scalar = draw(rows, width, seed=4), torch.tensor([0.7])
     return [
         Before(),
         Before(gain=gains[0]),
         Before(y_BD, None, None, gains[0]),
         Before(y_BD, gains[1], None, gains[0]),
-        Before(y_BD, gains[1], scalar, Gain(None, 1e-5)),
+        Before(y_BD, gains[1], scalar, Gain(None, 0.5)),
         Before(y_BD, Gain(None, 1e-6), scalar, None),
+        Before(scalar=scalar, gain=gains[0]),
     ]
 
 
@@ -112,7 +114,7 @@ def check_raised(call=raised, bound: float = 1e-5, **kind) -> None:
     weights = [
         part.view(shape) for part, shape in zip(flat.split([r * c for r, c in shapes]), shapes, strict=True)
     ]
-    x_BP = draw(5, 30, seed=8).to(**kind)
+    x_BP = draw(5, 34, seed=8).to(**kind)[:, :30]
     for count in (1, 3, 4):
         wanted, first = [], 11
         for weight in weights[:count]:
@@ -140,23 +142,22 @@ class TestInterpreted:
     def room(self, load):
         return load("trihybrid.ops.decode_product")
 
-    @pytest.mark.parametrize("rows", ROWS)
-    @pytest.mark.parametrize(("width", "outputs"), [(48, 30), (128, 7)])
+    @pytest.mark.parametrize("rows", [*ROWS, 8])
+    @pytest.mark.parametrize(("width", "outputs"), [(48, 30), (128, 7), (520, 540)])
     def test_products_of_the_stream(self, room, rows, width, outputs):
         check(rows, width, outputs, room.normed_product)
 
     def test_programs_go_on_to_further_blocks(self, room):
         """More blocks than programs: with two processors, 8 programs of 4 outputs."""
-        x_BD, weight_OD = draw(2, 16), draw(300, 16, seed=1)
+        x_BD, weight_OD = draw(1, 16), draw(300, 16, seed=1)
         finish = Finish("logits", cap=2.0)
         _, o_BO = room.normed_product(x_BD, weight_OD, Before(), finish)
         assert relative_error(o_BO, definition(x_BD, weight_OD, Before(), finish)[1]) < 1e-5
 
     @pytest.mark.parametrize("rows", [*ROWS, 8])
-    @pytest.mark.parametrize(("inputs", "outputs"), [(24, 9), (2500, 10), (1024, 3)])
+    @pytest.mark.parametrize(("inputs", "outputs"), [(24, 9), (2500, 10), (1024, 3), (600, 520)])
     def test_plain_products(self, room, rows, inputs, outputs):
-        wide, weight_OI = draw(rows, inputs + 16), draw(outputs, inputs, seed=1)
-        x_BI = wide[:, 16:]
+        x_BI, weight_OI = draw(rows, inputs + 16)[:, 16:], draw(outputs, inputs + 8, seed=1)[:, :inputs]
         assert relative_error(room.product(x_BI, weight_OI), x_BI.double() @ weight_OI.double().T) < 1e-5
 
     def test_groups_of_ranks(self, room):

@@ -49,7 +49,7 @@ def encode_documents(
     Args:
         documents: the texts, consumed as a stream.
         tokenizer: encodes them.
-        processes: 1 encodes in this one, more in as many others.
+        processes: 1 encodes in this one, with a thread for each core; more in as many others, one thread each.
         skip: batches at the beginning that are read and not encoded.
 
     Raises:
@@ -59,7 +59,7 @@ def encode_documents(
         raise ValueError(f"processes is {processes}, must be at least 1")
     batches = islice(_batches(documents), skip, None)
     if processes == 1:
-        return (_encode(tokenizer, first, texts) for first, texts in batches)
+        return (_encoded(tokenizer, first, texts, tokenizer.encode_many(texts)) for first, texts in batches)
     return _in_processes(batches, tokenizer, processes)
 
 
@@ -111,12 +111,16 @@ def _load(folder: str) -> TextTokenizer:
 
 
 def _encode_elsewhere(folder: str, first: int, texts: Sequence[str]) -> EncodedBatch:
-    return _encode(_load(folder), first, texts)
+    tokenizer = _load(folder)
+    # One by one: each of several processes has a core.
+    return _encoded(tokenizer, first, texts, map(tokenizer.encode, texts))
 
 
-def _encode(tokenizer: TextTokenizer, first: int, texts: Sequence[str]) -> EncodedBatch:
+def _encoded(
+    tokenizer: TextTokenizer, first: int, texts: Sequence[str], ids_of_each: Iterable[list[int]]
+) -> EncodedBatch:
     arrays, text_bytes = [], 0
-    for number, (text, ids) in enumerate(zip(texts, tokenizer.encode_many(texts), strict=True), start=first):
+    for number, (text, ids) in enumerate(zip(texts, ids_of_each, strict=True), start=first):
         if ids:
             arrays.append(document_array(ids, number, tokenizer.vocab_size, tokenizer.bos_id))
             text_bytes += len(text.encode())

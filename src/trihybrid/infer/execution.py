@@ -39,6 +39,9 @@ function each kernel is a source that reads all headers. Two sources are compile
 Execution = Literal["eager", "graph", "compiled", "fused-graph", "kernels"]
 EXECUTIONS = ("eager", "compiled", "graph", "fused-graph", "kernels")
 
+OLDEST = 8, 0
+"""Compute capability of `kernels`: what is older has no registers for several sequences."""
+
 Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`Network.decode` but for what stands between its products."""
 
@@ -204,7 +207,8 @@ def make_decoder(network: Network, execution: Execution) -> Decoder:
 
 
 def by_rows(network: Network) -> Decode:
-    """The kernels for as many sequences as they take, and what `fused-graph` runs for more.
+    """The kernels for as many sequences as they take, and what `fused-graph` runs for more; which is the faster one
+    was measured for 1 and 8 sequences.
 
     Raises:
         ValueError: a model that the kernels do not take, with the reason.
@@ -212,6 +216,8 @@ def by_rows(network: Network) -> Decode:
     reason = refusal(network)
     if network.dtype not in (torch.bfloat16, torch.float16):
         reason = f"its weights are {network.dtype}; torch.bfloat16 and torch.float16 are taken"
+    if network.device.type == "cuda" and torch.cuda.get_device_capability(network.device) < OLDEST:
+        reason = f"its GPU has no compute capability {'.'.join(map(str, OLDEST))}"
     if reason is not None:
         raise ValueError(
             f'execution is "kernels", which this model cannot have: {reason}; choose fused-graph'

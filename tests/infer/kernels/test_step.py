@@ -133,7 +133,7 @@ def test_weights_are_held_once() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
 @pytest.mark.parametrize(
     "name", ["gemma4", "gemma4-plain", "student-gemma4", "gemma3", "llama", "student-qwen3"]
 )

@@ -114,6 +114,7 @@ class KernelStep:
 
     def __call__(self, ids_B: Tensor, positions_B: Tensor, table_BM: Tensor) -> Tensor:
         """As `Network.decode`: logits [B, V], float32 (float64 in a float64 model)."""
+        assert len(ids_B) <= MOST_ROWS
         x_BD, rotary = self._begin(ids_B, positions_B)
         turn, stream = Turn(positions_B, table_BM, self._arrived, rotary), Stream(x_BD)
         inputs: list[Tensor] | list[None] = [None] * len(self._layers)

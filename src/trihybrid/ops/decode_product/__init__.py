@@ -5,9 +5,9 @@ where several rows have something before them.
     z = n_x(x')                  the input of the next product
     o = finish(z W^T)            activation(gate) up, activation(gate) p, tanh and sigmoid of some rows, a softcap
 
-Bound by the bytes of W: of each product they are read once, for all rows. The kernels of `triton` (one row) and
-`several` take half precision on a GPU and at most `MOST_ROWS` rows; everywhere else these are torch's operators. One
-row is rounded at the end alone, several before their product too. `sizes` has the blocks.
+Bound by the bytes of W: of each product they are read once, for all rows (of `raised`, once for each). The kernels of
+`triton` (one row) and `several` take half precision on a GPU and at most `MOST_ROWS` rows; everywhere else these are
+torch's operators. One row is rounded at the end alone, several before their product too. `sizes` has the blocks.
 
 Legend: B rows, D width of the stream, I inputs, O outputs, F outputs behind the finish, R rank of a group, C channels.
 """

@@ -1,16 +1,55 @@
 """What the kernels do before and behind a product, as `decode_product.Before` and `Finish` say."""
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from trihybrid.ops.decode_product import Before
+from trihybrid.ops.decode_product import Before, Finish
 from trihybrid.ops.tanh import tanh
 
-NONE, GATED, TIMES, RANKED, LOGITS = (tl.constexpr(code) for code in range(5))
-KINDS = {"none": 0, "gated": 1, "times": 2, "ranks": 3, "logits": 4}
+CODES = {"none": 0, "gated": 1, "times": 2, "ranks": 3, "logits": 4}
+GATED, TIMES, RANKED = (tl.constexpr(CODES[kind]) for kind in ("gated", "times", "ranks"))
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a kernel is told of its outputs.
+
+    Attributes:
+        o_BF: where they go.
+        pointers: the weights, those of the second half, the factors; where one is not there another stands in.
+        other_b: stride of the factors' rows.
+        numbers: the cap and the borders.
+        flags: KIND, SILU, CAPPED.
+    """
+
+    o_BF: Tensor
+    pointers: list[Tensor]
+    other_b: int
+    numbers: list[float]
+    flags: dict[str, Any]
+
+
+def outputs_of(finish: Finish, x_BI: Tensor, weight_OI: Tensor) -> Outputs:
+    """New outputs of a product of x_BI."""
+    count, other_BO = weight_OI.shape[0], finish.other_BO
+    if finish.kind == "gated":
+        count //= 2
+    return Outputs(
+        x_BI.new_empty(len(x_BI), count, dtype=torch.float32 if finish.kind == "logits" else x_BI.dtype),
+        [
+            weight_OI,
+            weight_OI[count:] if finish.kind == "gated" else weight_OI,
+            x_BI if other_BO is None else other_BO,
+        ],
+        0 if other_BO is None else other_BO.stride(0),
+        [finish.cap or 0.0, *finish.borders],
+        {"KIND": CODES[finish.kind], "SILU": finish.activation == "silu", "CAPPED": finish.cap is not None},
+    )
 
 
 def parts_of(before: Before, stand_in: Tensor) -> tuple[list[Tensor], list[float], dict[str, Any]]:

@@ -16,7 +16,6 @@ from torch import Tensor
 from trihybrid.ops.decode_product import Before, Finish
 from trihybrid.ops.decode_product.around import (
     GATED,
-    KINDS,
     TIMES,
     factor_of,
     finished,
@@ -24,6 +23,7 @@ from trihybrid.ops.decode_product.around import (
     moved,
     moves,
     normed,
+    outputs_of,
     parts_of,
 )
 from trihybrid.ops.decode_product.sizes import FEWEST, several_sizes
@@ -40,23 +40,17 @@ def launch_several_normed(
 
 def launch_several(x_BI: Tensor, weight_OI: Tensor, finish: Finish) -> Tensor:
     """The finished product x W^T, [B, F]."""
-    (rows, inputs), outputs = x_BI.shape, weight_OI.shape[0]
-    if finish.kind == "gated":
-        outputs //= 2
-    half_OI, other_BO = weight_OI[outputs:] if finish.kind == "gated" else weight_OI, finish.other_BO
-    kind = torch.float32 if finish.kind == "logits" else x_BI.dtype
-    o_BO = torch.empty((rows, outputs), dtype=kind, device=x_BI.device)
-    sizes, soon = several_sizes(inputs, outputs, finish.kind), early(x_BI.device)
+    own, (rows, inputs), soon = outputs_of(finish, x_BI, weight_OI), x_BI.shape, early(x_BI.device)
+    outputs = own.o_BF.shape[1]
+    sizes = several_sizes(inputs, outputs, finish.kind)
     # A part is no wider than the inputs ask for, and a tensor core takes no fewer than FEWEST.
     part = max(FEWEST, min(sizes.step, triton.next_power_of_2(triton.cdiv(inputs, sizes.warps))))
     _several[(triton.cdiv(outputs, sizes.block),)](
-        x_BI, weight_OI, half_OI, x_BI if other_BO is None else other_BO, o_BO, inputs, outputs, x_BI.stride(0),
-        weight_OI.stride(0), 0 if other_BO is None else other_BO.stride(0), rows, finish.cap or 0.0, *finish.borders,
-        KIND=KINDS[finish.kind], SILU=finish.activation == "silu", CAPPED=finish.cap is not None,
-        ROWS=max(8, triton.next_power_of_2(rows)), BLOCK=sizes.block, PARTS=sizes.warps, STEP=part, EARLY=soon,
-        num_warps=sizes.warps, launch_pdl=soon,
+        x_BI, *own.pointers, own.o_BF, inputs, outputs, x_BI.stride(0), weight_OI.stride(0), own.other_b, rows,
+        *own.numbers, **own.flags, ROWS=max(8, triton.next_power_of_2(rows)), BLOCK=sizes.block, PARTS=sizes.warps,
+        STEP=part, EARLY=soon, num_warps=sizes.warps, launch_pdl=soon,
     )  # fmt: skip
-    return o_BO
+    return own.o_BF
 
 
 def _launch_stream(x_BD: Tensor, before: Before) -> tuple[Tensor, Tensor]:

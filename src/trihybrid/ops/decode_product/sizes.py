@@ -1,17 +1,21 @@
 """Blocks of the kernels by shape: the one place to tune them.
 
 Of a row alone a program holds BLOCK outputs at a time and STEP inputs of each. Those of a stream's product hold all
-inputs, and go on to further blocks where there are more than `programs` a processor holds by its registers
-(`benchmarks/kernel_resources.py`), so that a block's weights arrive while the one before is summed. Of several rows a
-program has BLOCK outputs, and each of its warps STEP inputs at a time.
+inputs, and go on to further blocks where there are more than `programs` a processor, so that a block's weights arrive
+while the one before is summed; `benchmarks/kernel_resources.py` says how many its registers have room for. Of several
+rows a program has BLOCK outputs, and each of its warps STEP inputs at a time.
 
-Chosen by the time of E2B's whole step on an H200, which `benchmarks/decode_step.py --parts sizes` measures.
+PRODUCT, NORMED and RAISED were chosen by the time of E2B's whole step on an H200, the first two as
+`benchmarks/decode_step.py --parts sizes` does. SEVERAL are the first that were tried: those that the search found are
+faster by up to 8 % and were not tested on a GPU.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 NARROW = 512
 """Inputs or outputs up to which a matrix is one of the narrow ones: those of the per-layer input."""
+WIDE = 4096
+"""Inputs above which twice the warps hold them: registers would not do."""
 FEWEST = 16
 """Inputs, and outputs, that a tensor core takes at a time."""
 
@@ -44,9 +48,12 @@ def product_sizes(inputs: int) -> Sizes:
     return PRODUCT["narrow" if inputs <= NARROW else "other"]
 
 
-def normed_sizes(outputs: int, finish: str) -> Sizes:
+def normed_sizes(inputs: int, outputs: int, finish: str) -> Sizes:
     """Of a product of the stream; `finish` as in `Finish.kind`."""
-    return NORMED[finish if finish in NORMED else "narrow" if outputs <= NARROW else "other"]
+    sizes = NORMED[finish if finish in NORMED else "narrow" if outputs <= NARROW else "other"]
+    if inputs <= WIDE:
+        return sizes
+    return replace(sizes, warps=2 * sizes.warps, programs=max(1, sizes.programs // 2))
 
 
 def several_sizes(inputs: int, outputs: int, finish: str) -> Sizes:

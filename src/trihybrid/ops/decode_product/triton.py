@@ -21,7 +21,6 @@ from torch import Tensor
 from trihybrid.ops.decode_product import Before, Finish
 from trihybrid.ops.decode_product.around import (
     GATED,
-    KINDS,
     TIMES,
     factor_of,
     finished,
@@ -29,6 +28,7 @@ from trihybrid.ops.decode_product.around import (
     moved,
     moves,
     normed,
+    outputs_of,
     parts_of,
 )
 from trihybrid.ops.decode_product.several import launch_several, launch_several_normed
@@ -54,26 +54,21 @@ def launch_product(x_BI: Tensor, weight_OI: Tensor) -> Tensor:
 
 def launch_normed(x_BD: Tensor, weight_OD: Tensor, before: Before, finish: Finish) -> tuple[Tensor, Tensor]:
     """As `decode_product.normed_product`."""
-    (rows, width), outputs = x_BD.shape, weight_OD.shape[0]
-    if rows > 1:
+    if len(x_BD) > 1:
         return launch_several_normed(x_BD, weight_OD, before, finish)
-    if finish.kind == "gated":
-        outputs //= 2
-    half_OD = weight_OD[outputs:] if finish.kind == "gated" else weight_OD
-    after_BD, other_BO = torch.empty_like(x_BD) if moves(before) else x_BD, finish.other_BO
-    kind = torch.float32 if finish.kind == "logits" else x_BD.dtype
-    o_BO = torch.empty((rows, outputs), dtype=kind, device=x_BD.device)
-    sizes, soon = normed_sizes(outputs, finish.kind), early(x_BD.device)
+    own, width, soon = outputs_of(finish, x_BD, weight_OD), x_BD.shape[1], early(x_BD.device)
+    outputs = own.o_BF.shape[1]
+    sizes = normed_sizes(width, outputs, finish.kind)
     processors = torch.cuda.get_device_properties(x_BD.device).multi_processor_count
     programs = min(triton.cdiv(outputs, sizes.block), sizes.programs * processors)
+    after_BD = torch.empty_like(x_BD) if moves(before) else x_BD
     pointers, epsilons, flags = parts_of(before, x_BD)
     _normed[(programs,)](
-        x_BD, *pointers, weight_OD, half_OD, x_BD if other_BO is None else other_BO, after_BD, o_BO, width, outputs,
-        *epsilons, finish.cap or 0.0, *finish.borders, **flags,
-        KIND=KINDS[finish.kind], SILU=finish.activation == "silu", CAPPED=finish.cap is not None,
-        WIDE=triton.next_power_of_2(width), BLOCK=sizes.block, EARLY=soon, num_warps=sizes.warps, launch_pdl=soon,
+        x_BD, *pointers, *own.pointers, after_BD, own.o_BF, width, outputs, *epsilons, *own.numbers, **flags,
+        **own.flags, WIDE=triton.next_power_of_2(width), BLOCK=sizes.block, EARLY=soon, num_warps=sizes.warps,
+        launch_pdl=soon,
     )  # fmt: skip
-    return after_BD, o_BO
+    return after_BD, own.o_BF
 
 
 def launch_raised(x_BP: Tensor, first: int, weights: Sequence[Tensor]) -> Tensor:
