@@ -120,6 +120,20 @@ def test_eval_prints_one_object(micro: ModuleType, micro_run: Path, micro_texts:
     assert same["kl"] == pytest.approx(0, abs=1e-9) and same["agreement"] == 1
     alone = micro.trihybrid(*command)
     assert alone.code == 0 and f"{row['bpb']:.4f}" in alone.stdout
+    assert alone.stdout.count("not measured") == 2  # KL and agreement, without a teacher
+
+
+def test_eval_scores_all_of_a_text(micro: ModuleType, micro_run: Path, tmp_path: Path) -> None:
+    texts = [f"document {number}: some words" for number in range(20)]
+    (tmp_path / "many.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    (tmp_path / "one.txt").write_text(texts[0])
+    for name, wanted in (("many.jsonl", texts), ("one.txt", texts[:1])):
+        command = ("eval", micro_run / "matched", "--text", tmp_path / name, "--length", 100_000, "--json")
+        result = micro.trihybrid(*command)
+        assert result.code == 0, result.stderr
+        row = json.loads(result.stdout)
+        assert sum(part["count"] for part in row["loss_by_position"]) == sum(map(len, wanted))
+        assert row["kl"] is row["agreement"] is None
 
 
 def test_report_writes_the_same_page_again(micro: ModuleType, micro_run: Path, tmp_path: Path) -> None:

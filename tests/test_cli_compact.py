@@ -106,9 +106,11 @@ def test_a_damaged_artifact_is_refused(micro: ModuleType, compact_run: Path, tmp
         (("eval", "ARTIFACT", "--teacher", "."), "--teacher: an artifact has none"),
         (("eval", "ARTIFACT", "--tokenizer", "no-such"), "tokenizer no-such does not exist"),
         (
-            ("eval", "ARTIFACT", "--stride", "70", "--length", "64"),
+            ("eval", "ARTIFACT", "--sliding", "--stride", "70", "--length", "64"),
             "stride is 70, must not exceed length (64)",
         ),
+        (("eval", "ARTIFACT", "--stride", "20"), "--stride is for --sliding; give that too"),
+        (("eval", ".", "--stride", "3"), "are for the file of an artifact"),
         (("eval", "ARTIFACT", "--text", "no-such"), "no-such does not exist"),
         (("eval", ".", "--sliding"), "are for the file of an artifact"),
         (("generate", ".", "a", "--tokenizer", "bytes"), "is for the file of an artifact"),

@@ -142,3 +142,15 @@ def test_the_identity_of_a_folder_with_a_manifest_is_that_without(folder: Path, 
     shutil.copytree(folder, plain)
     (plain / "trihybrid.json").unlink()
     assert identity(plain, tokenizer) == identity(folder, tokenizer)
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_what_is_refused_was_not_said(engine: Engine, folder: Path, template: bool) -> None:
+    talk = make(engine, folder, template=template)
+    list(talk.say("the slow"))
+    before = list(talk.messages)
+    with pytest.raises(ValueError, match="no UTF-8"):
+        list(talk.say("half a pair: \ud800"))
+    assert talk.messages == before
+    list(talk.say("river"))
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2

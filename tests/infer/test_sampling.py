@@ -85,10 +85,24 @@ def test_a_draw_depends_on_seed_and_place_alone() -> None:
         ({"top_p": 0.0}, r"top_p is 0\.0; it must lie above 0 and be at most 1"),
         ({"top_p": 1.1}, r"top_p is 1\.1"),
         ({"min_p": 1.5}, r"min_p is 1\.5; it must lie in 0 \(all tokens\) to 1"),
-        ({"repetition_penalty": 0.0}, r"repetition_penalty is 0\.0; it must be a finite number above 0"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty is 0\.0; it must lie in 0\.01 to 100"),
+        ({"repetition_penalty": 1e-300}, r"repetition_penalty is 1e-300; it must lie in 0\.01 to 100"),
         ({"seed": -1}, r"seed is -1; it must lie in 0 to 2\*\*63 - 1"),
     ],
 )
 def test_what_is_out_of_range_is_named(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-320])
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature: float, top_k: int) -> None:
+    logits_V = torch.tensor([3.0, 90.0, -4.0, 89.0])
+    for seed in range(5):
+        assert choose(logits_V, Sampling(temperature, top_k=top_k, seed=seed), [0]) == 1
+
+
+def test_logits_that_are_nan_are_refused() -> None:
+    with pytest.raises(ValueError, match="the model's logits are NaN"):
+        choose(torch.full((4,), torch.nan), Sampling(0.7), [0])

@@ -40,7 +40,10 @@ def evaluate_command(
     sliding: Annotated[
         bool, typer.Option("--sliding", help="Score with overlapping windows too (artifact).")
     ] = False,
-    stride: Annotated[int, typer.Option(help="Tokens between overlapping windows.", min=1)] = 64,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="Tokens between overlapping windows, 64 if not given (--sliding).", min=1),
+    ] = None,
     isolated: Annotated[
         bool, typer.Option("--isolated", help="Start anew at every document (artifact).")
     ] = False,
@@ -53,22 +56,24 @@ def evaluate_command(
     if model.is_file():
         if teacher is not None:
             raise ValueError("--teacher: an artifact has none; leave it away")
+        if stride is not None and not sliding:
+            raise ValueError("--stride is for --sliding; give that too, or leave it away")
         from trihybrid.recipe.artifact import evaluate_artifact
         from trihybrid.recipe.compact import CompactEvaluationSection
         from trihybrid.recipe.fields import load_section
 
         fields = {
-            "length": length or 1024, "sliding": sliding, "stride": stride, "isolated": isolated,
+            "length": length or 1024, "sliding": sliding, "stride": stride or 64, "isolated": isolated,
             "stateful": stateful, "validation_tokens": tokens,
         }  # fmt: skip
         section = load_section(CompactEvaluationSection, fields, None, "eval")
         row = evaluate_artifact(model, text, section, tokenizer)
         table = score_table(model.name, row)
     else:
-        if tokenizer is not None or sliding or isolated or stateful:
+        if tokenizer is not None or stride is not None or sliding or isolated or stateful:
             raise ValueError(
-                f"{model}: --tokenizer, --sliding, --isolated and --stateful are for the file of an artifact; give "
-                "one, or leave them away"
+                f"{model}: --tokenizer, --sliding, --stride, --isolated and --stateful are for the file of an "
+                "artifact; give one, or leave them away"
             )
         from trihybrid.recipe.evaluate_folder import evaluate_folder
 

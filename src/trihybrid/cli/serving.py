@@ -33,12 +33,15 @@ def serve(
     seconds: Annotated[
         float, typer.Option(help="Time from a request's arrival to its last token.", min=0.001)
     ] = 600,
-    grace: Annotated[float, typer.Option(help="Seconds that running requests have at the end.", min=0)] = 30,
+    grace: Annotated[
+        float, typer.Option(help="Seconds that running requests have at the end.", min=0, max=86_400)
+    ] = 30,
     chunk: Annotated[
         int, typer.Option(help="Most tokens of prompts between two steps of the others.", min=1)
     ] = 512,
     prefix_mib: Annotated[
-        float, typer.Option(help="MiB of states kept for prompts that begin alike; 0 for none.", min=0)
+        float,
+        typer.Option(help="MiB of states kept for prompts that begin alike; 0 for none.", min=0, max=1e9),
     ] = 1024,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     execution: Annotated[
@@ -46,7 +49,8 @@ def serve(
     ] = "eager",
     weights: WeightsName = "full",
     threads: Annotated[
-        int | None, typer.Option(help="Threads of torch on the CPU; 1 is best for small models.", min=1)
+        int | None,
+        typer.Option(help="Threads of torch on the CPU; 1 is best for small models.", min=1, max=1024),
     ] = None,
 ) -> None:
     """Serve a model to OpenAI's clients: chat, completions, streams; /health and /metrics.

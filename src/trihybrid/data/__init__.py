@@ -10,7 +10,7 @@ from .corpus import Corpus, CorpusSection, prepare_corpus
 from .packing import Batch, PackedBatches, sequential
 from .prefetch import Prefetch
 from .probes import RecallDocument, RecallSet, encode_probe, mix_documents, recall_documents
-from .section import DataSection, PreparedData, RecallSection, prepare
+from .section import DataSection, PreparedData, RecallSection, prepare, prepare_held_out
 from .sentencepiece import SentencePieceTokenizer, open_tokenizer
 from .shards import TokenShards, write_shards, write_stream
 from .text import deduplicate, read_documents, split_documents, stream_documents
@@ -44,6 +44,7 @@ __all__ = [
     "open_tokenizer",
     "prepare",
     "prepare_corpus",
+    "prepare_held_out",
     "read_challenge_file",
     "read_documents",
     "recall_documents",

@@ -129,6 +129,14 @@ def prepare(section: DataSection, folder: str | Path, replace: bool = True) -> P
     return PreparedData(tokenizer, train, held, validation, recall)
 
 
+def prepare_held_out(section: DataSection, folder: str | Path) -> PreparedData:
+    """The same for measuring alone: all text is validation, and there is no training. ValueErrors as of `prepare`."""
+    tokenizer, documents = load_tokenizer(section), read_documents(section.source)
+    recall = _encode_evaluation(section, tokenizer)
+    shards = _write(Path(folder) / "validation", documents, tokenizer, _hash_input(tokenizer, {}, documents))
+    return PreparedData(tokenizer, shards, shards, documents, recall)
+
+
 def _draw(section: DataSection, count: int, evaluation: bool) -> list[RecallDocument]:
     """Recall documents of training (sizes mixed) or of evaluation, from two seeds, so that they differ."""
     shape = section.recall

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 _logger = logging.getLogger(__name__)
 
+NOT_UNICODE = "the text holds bytes that are no UTF-8, or half of a pair of surrogates"
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>")
 ROLES = ("bos_token", "eos_token", "pad_token")
 STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
@@ -181,7 +182,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: nothing is added, and special strings in it are ordinary text."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise ValueError(NOT_UNICODE) from None
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each, on as many threads as there are cores."""

@@ -24,7 +24,7 @@ def evaluate(
     """Measure a causal language model (see `scoring.score` for its interface) and return one row, ready for JSON.
 
     bpb, raw_bpb: bits a byte of the decoded tokens and of the original text. kl: forward KL(teacher || model), nats a
-    token, and agreement: fraction of equal first choices; 0.0 and 1.0 without a teacher, or for the teacher itself.
+    token, and agreement: fraction of equal first choices; None without a teacher, 0.0 and 1.0 for the teacher itself.
     entropy: of its predictions, nats a token; calibration_error: expected calibration error in [0, 1].
     recall: accuracy at distances of `window` tokens or more (None without a window), recall_overall: at all.
     recall_by_distance: list of {low, high, accuracy, count}. loss_by_position: list of {position, loss, count}.
@@ -50,11 +50,14 @@ def evaluate(
     # The bytes were counted for exactly these tokens: all but the BOS of each document.
     assert bits.tokens == piece.tokens - piece.documents
     per_byte = bits.result()
+    kl, same = (None, None) if teacher is None else (0.0, 1.0)
+    if compared is not None:
+        kl, same = agreement.result().kl, agreement.result().top1
     return {
         "bpb": per_byte.decoded,
         "raw_bpb": per_byte.raw,
-        "kl": 0.0 if compared is None else agreement.result().kl,
-        "agreement": 1.0 if compared is None else agreement.result().top1,
+        "kl": kl,
+        "agreement": same,
         "entropy": calibration.result().entropy,
         "calibration_error": calibration.result().error,
         "recall": remembered.beyond,

@@ -78,16 +78,21 @@ class Chat:
         """The answer to `text`, in pieces as they come. Broken off by `interrupt`, it counts as far as it came."""
         self._interrupted = False
         self.messages.append(Message(role="user", content=text))
-        tokens = self._encode(text)
-        prefix = self._snapshot
-        if prefix is not None and tuple(tokens[: len(prefix.tokens)]) != prefix.tokens:
-            logger.info("the template writes the conversation otherwise; all of it is read again")
-            prefix = None
+        try:
+            tokens = self._encode(text)
+            prefix = self._snapshot
+            if prefix is not None and tuple(tokens[: len(prefix.tokens)]) != prefix.tokens:
+                logger.info("the template writes the conversation otherwise; all of it is read again")
+                prefix = None
+            sequence = self._engine.add(
+                tokens, most=self._most, sampling=self._sampling, stops=self._ends, prefix=prefix
+            )
+        except BaseException:
+            # What was refused was not said.
+            self.messages.pop()
+            raise
         stream, answer = TextStream(self._tokenizer), ""
         began = first = time.perf_counter()
-        sequence = self._engine.add(
-            tokens, most=self._most, sampling=self._sampling, stops=self._ends, prefix=prefix
-        )
         chosen = 0
         try:
             while self._engine.busy and not self._interrupted:

@@ -8,6 +8,8 @@ from typing import Any, TypedDict
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
+from trihybrid.data.tokens import NOT_UNICODE
+
 
 class Message(TypedDict):
     """One turn: role is `system`, `user` or `assistant`."""
@@ -34,7 +36,7 @@ class ChatPrompt:
         """Token ids of the conversation, up to where the assistant's next words begin; BOS where the template has it.
 
         Raises:
-            ValueError: the template refuses the messages (an unknown role, a wrong order).
+            ValueError: the template refuses the messages (an unknown role, a wrong order), or they are no Unicode.
         """
         try:
             text = self._tokenizer.apply_chat_template(
@@ -43,7 +45,10 @@ class ChatPrompt:
         except TemplateError as error:
             raise ValueError(f"the chat template refuses the messages: {error}") from None
         # The template writes special tokens itself.
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        try:
+            return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        except TypeError:
+            raise ValueError(NOT_UNICODE) from None
 
 
 def has_chat_template(folder: str | Path) -> bool:

@@ -28,7 +28,7 @@ class Sampling:
         top_p: sample among the likeliest tokens whose probabilities first reach this sum, in (0, 1]; 1 for all.
         min_p: leave out tokens with less than this share of the likeliest one's probability, in [0, 1].
         repetition_penalty: logits of tokens that the sequence already holds are divided by it where positive and
-            multiplied where negative (arXiv 1909.05858), > 0; 1 for none.
+            multiplied where negative (arXiv 1909.05858), in 0.01 to 100; 1 for none.
         seed: of the draws, in 0 to 2**63 - 1. A draw depends on the seed and on the place in the sequence alone.
 
     Raises:
@@ -53,9 +53,9 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}; it must lie above 0 and be at most 1 (all tokens)")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p is {self.min_p}; it must lie in 0 (all tokens) to 1")
-        if not 0 < self.repetition_penalty < math.inf:
+        if not 0.01 <= self.repetition_penalty <= 100:
             raise ValueError(
-                f"repetition_penalty is {self.repetition_penalty}; it must be a finite number above 0, 1 for none"
+                f"repetition_penalty is {self.repetition_penalty}; it must lie in 0.01 to 100, 1 for none"
             )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}; it must lie in 0 to 2**63 - 1")
@@ -70,20 +70,24 @@ GREEDY = Sampling()
 
 
 def choose(logits_V: Tensor, sampling: Sampling, held: Sequence[int]) -> int:
-    """The next token of a sequence that holds the tokens `held`."""
+    """The next token of a sequence that holds the tokens `held`. ValueError where logits to draw from are NaN."""
     if sampling.repetition_penalty != 1:
         logits_V = _penalised(logits_V, sampling.repetition_penalty, held)
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    logits_V = logits_V.double() / sampling.temperature
-    weights_V = (logits_V - logits_V.max()).exp()
+    # The likeliest one becomes 0 first: then no temperature is too small.
+    logits_V = logits_V.double()
+    weights_V = ((logits_V - logits_V.max()) / sampling.temperature).exp()
     kept_V = weights_V >= sampling.min_p
     if 0 < sampling.top_k < len(weights_V) or sampling.top_p < 1:
         kept_V &= _likeliest(weights_V, sampling.top_k, sampling.top_p)
     sums_V = torch.where(kept_V, weights_V, 0.0).cumsum(0)
     # `right`: at a sum that equals the draw the token has been passed, so that one of weight zero is never taken.
     place = torch.searchsorted(sums_V, _draw(sampling.seed, len(held)) * sums_V[-1:], right=True)
-    return min(int(place), int(kept_V.nonzero()[-1]))
+    kept = kept_V.nonzero()
+    if not len(kept):
+        raise ValueError("the model's logits are NaN: its weights or its state are damaged")
+    return min(int(place), int(kept[-1]))
 
 
 def _penalised(logits_V: Tensor, penalty: float, held: Sequence[int]) -> Tensor:

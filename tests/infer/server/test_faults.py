@@ -45,6 +45,7 @@ def error(answer: tuple[int, Any]) -> tuple[int, str, str]:
         ({"prompt": []}, 400, "invalid_value", "prompt: token ids, at least one"),
         ({"temperature": -1}, 400, "invalid_value", "temperature is -1"),
         ({"top_p": 0}, 400, "invalid_value", "top_p is 0"),
+        ({"repetition_penalty": 1e-300}, 400, "invalid_value", "repetition_penalty is 1e-300"),
         ({"seed": -1}, 400, "invalid_value", "seed is -1"),
         ({"n": 2}, 400, "invalid_type", "n: Input should be less than or equal to 1"),
         ({"presence_penalty": 0.5}, 400, "invalid_type", "presence_penalty: Input should be less than"),
@@ -93,6 +94,12 @@ def test_a_body_that_cannot_be(shared: Running, body: bytes, code: str, message:
     found = error(shared.send("POST", "/v1/chat/completions", body))
     assert found[:2] == (400, code)
     assert message in found[2]
+
+
+def test_a_temperature_near_zero_is_the_likeliest_token(shared: Running) -> None:
+    answers = [shared.ask(temperature=temperature, top_k=5) for temperature in (0.0, 1e-320)]
+    assert [status for status, _ in answers] == [200, 200]
+    assert answers[0][1]["choices"] == answers[1][1]["choices"]
 
 
 def test_a_body_of_another_type(shared: Running) -> None:
