@@ -153,6 +153,27 @@ def test_an_interrupted_build_leaves_nothing_that_looks_complete(
     assert prepare_corpus(section, folder).train.hash == good
 
 
+def test_an_error_of_a_fresh_build_leaves_only_what_the_next_call_goes_on_from(
+    section: CorpusSection, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty.txt").touch()
+    empty = CorpusSection(train=str(tmp_path / "empty.txt"))
+    (tmp_path / "given").mkdir()
+    for folder in (tmp_path / "new" / "out", tmp_path / "given"):
+        with pytest.raises(ValueError, match=r"empty\.txt is empty text"):
+            prepare_corpus(empty, folder)
+    assert not (tmp_path / "new").exists() and not list((tmp_path / "given").iterdir())
+    (text / "train" / "0.jsonl").write_text(lines("train", 20) + "{")
+    with pytest.raises(ValueError, match=r"0\.jsonl:21 is not JSON"):
+        prepare_corpus(section, tmp_path / "unfinished")
+    assert set(files_of(tmp_path / "unfinished")) == {"validation/00000.bin", "validation/manifest.json"}
+    monkeypatch.setattr(corpus, "TOKENS_PER_SHARD", 150)
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 100)
+    with pytest.raises(ValueError, match=r"0\.jsonl:21 is not JSON"):
+        prepare_corpus(section, tmp_path / "begun")
+    assert {"train/00000.bin", "train/journal.json"} <= set(files_of(tmp_path / "begun"))
+
+
 def test_a_validation_text_that_is_counted_wrong_is_never_complete(
     section: CorpusSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

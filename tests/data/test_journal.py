@@ -57,7 +57,7 @@ def write(file: Path, letter: str) -> None:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in (folder / "train").iterdir()}
+    return {file.name: file.read_bytes() for file in folder.glob("train/*")}
 
 
 def test_stopped_anywhere_it_ends_with_the_same_bytes(

@@ -8,7 +8,9 @@ or is split off it. What was made of the same input is found by its hash and use
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +22,7 @@ from .byte_table import byte_lengths, check_table
 from .challenge import Split, challenge_files, import_challenge
 from .columns import is_dataset
 from .encode import BATCH_CHARACTERS, EncodedBatch, encode_documents
-from .journal import Journal, Mark
+from .journal import JOURNAL, Journal, Mark
 from .probes import mix_documents
 from .progress import DocumentProgress
 from .sentencepiece import open_tokenizer
@@ -104,8 +106,8 @@ def prepare_corpus(
 
     Same input means equal tokenizer, settings and files, by hash. A part of another input is built again, with one
     log line, or refused where `replace` is False. A part is complete or has no manifest, whenever the building was
-    interrupted; the next call then goes on behind its finished shards. One process at a time may prepare a folder:
-    with several ranks, the first prepares and the others then read.
+    interrupted; the next call then goes on behind its finished shards, and folders that hold none of them are gone
+    again. One process at a time may prepare a folder: with several ranks, the first prepares and the others then read.
 
     Args:
         section: what to build.
@@ -121,9 +123,27 @@ def prepare_corpus(
     tokenizer = open_tokenizer(section.tokenizer)
     byte_lengths(tokenizer)  # first: a tokenizer whose bytes cannot be counted fails before the work
     sources = _sources(section)
-    held = _part("validation", sources["validation"], section, tokenizer, folder, processes, replace)
-    train = _part("train", sources["train"], section, tokenizer, folder, processes, replace)
+    with _no_remains(folder):
+        held = _part("validation", sources["validation"], section, tokenizer, folder, processes, replace)
+        train = _part("train", sources["train"], section, tokenizer, folder, processes, replace)
     return Corpus(tokenizer, train, held)
+
+
+@contextmanager
+def _no_remains(folder: Path) -> Iterator[None]:
+    """After an error, remove the folders made since then that hold nothing for the next call to go on from."""
+    parts = [folder / part for part in SPLITS if not (folder / part).exists()]
+    around = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    except BaseException:  # an interrupted build too
+        for part in parts:
+            if part.exists() and not any((part / name).exists() for name in (MANIFEST, JOURNAL)):
+                shutil.rmtree(part)
+        for place in around:
+            if place.exists() and not any(place.iterdir()):
+                place.rmdir()
+        raise
 
 
 def _sources(section: CorpusSection) -> dict[Part, _Source]:
