@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import trihybrid
 import trihybrid.recipe.execute_compact as execution
 from trihybrid.compress.artifact import read_artifact
+from trihybrid.data.corpus import CorpusSection, prepare_corpus
 from trihybrid.models.compact import CompactModel
 from trihybrid.pretrain.compact import CompactTask
 from trihybrid.recipe.artifact import load_artifact, rescore_run
@@ -268,6 +269,28 @@ def test_too_little_text_leaves_no_folder(recipe: CompactRecipe, tmp_path: Path)
     recipe.train.loop.batch_size = 10_000
     with pytest.raises(ValueError, match="fewer than batch_size 10000"):
         execute_compact(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_text_leaves_what_stood_before(recipe: CompactRecipe, tmp_path: Path) -> None:
+    text = tmp_path / "empty.txt"
+    text.touch()
+    bad = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": str(text)})})
+    (tmp_path / "given").mkdir()
+    for name in ("run", "given"):
+        with pytest.raises(ValueError, match=r"empty\.txt is empty text"):
+            execute_compact(bad, tmp_path / name)
+    assert {path.name for path in tmp_path.rglob("*")} == {"empty.txt", "given"}
+
+
+def test_too_little_text_of_shards_elsewhere_is_said(recipe: CompactRecipe, tmp_path: Path) -> None:
+    """No folder was made, so there is none to take away."""
+    text = tmp_path / "short.jsonl"
+    text.write_text('{"text": "one"}\n{"text": "two"}\n')
+    shards = prepare_corpus(CorpusSection(train=str(text)), tmp_path / "shards").train
+    data = recipe.data.model_copy(update={"train": str(tmp_path / "shards")})
+    with pytest.raises(ValueError, match=f"{len(shards)} tokens"):
+        execute_compact(recipe.model_copy(update={"data": data}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

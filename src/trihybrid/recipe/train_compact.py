@@ -100,16 +100,19 @@ def decides_training(recipe: CompactRecipe) -> dict[str, Any]:
 def _prepare(recipe: CompactRecipe, folder: Path, workers: Workers) -> Corpus:
     """The data of a run. The first worker makes it, then the others open it. Data that cannot be trained on leaves no
     file behind."""
-    existed = folder.exists()
     prepare = partial(prepare_corpus, recipe.data, folder / "data", replace=False)
     if workers.first:
-        corpus = prepare(processes=_processes(recipe))
-        loop = recipe.train.loop
+        existed = folder.exists()
+        begun = existed and any(folder.iterdir())
         try:
+            corpus = prepare(processes=_processes(recipe))
+            loop = recipe.train.loop
             PackedBatches(corpus.train, loop.sequence_length, loop.batch_size, recipe.train.order_seed)
         except ValueError:
-            if not existed:
-                shutil.rmtree(folder)
+            made = folder / "data" if existed else folder
+            # Neither is there where the data are shards that lie elsewhere.
+            if made.exists() and not begun:
+                shutil.rmtree(made)
             raise
     workers.differ([0.0])
     return corpus if workers.first else prepare(processes=1)
