@@ -13,7 +13,7 @@ import pytest
 from small_student import make_student
 from trihybrid.cli import serving
 from trihybrid.data.tokens import Tokenizer
-from trihybrid.infer import states, weights
+from trihybrid.infer import speed, states, weights
 
 JSON = {"Content-Type": "application/json"}
 
@@ -100,3 +100,20 @@ def test_a_million_tokens_are_refused_in_bytes(
     monkeypatch.setattr(states, "free_bytes", lambda device: 2**20)
     line = micro.refusal(micro.trihybrid("bench", model, "--context", 1_000_000, "--batch", 1))
     assert "tokens is 1,000,096, of 64: together 0.06 GiB of cpu, where 0.00 GiB are free" in line
+
+
+def test_what_ends_a_bench_is_found_before_it_measures(
+    micro: ModuleType, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*arguments: object, **options: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(speed, "measure_speed", measured)
+    file = tmp_path / "file"
+    file.touch()
+    for options, message in (
+        (("--out", file), f"--out {file}: {file} is a file; name a folder"),
+        (("--out", file / "below" / "it"), f"{file} is a file; name a folder"),
+        (("--teacher", tmp_path / "nowhere"), f"{tmp_path / 'nowhere'}: no such model folder"),
+    ):
+        assert message in micro.refusal(micro.trihybrid("bench", model, *options))

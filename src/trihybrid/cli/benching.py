@@ -1,6 +1,7 @@
 """`trihybrid bench`: how fast a model runs here, teacher beside student."""
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +41,13 @@ def bench(
     from trihybrid.models.checkpoint import load_model
     from trihybrid.report.speed import HEADS, speed_cells, speed_figures, speed_page
     from trihybrid.run import write_json
+    from trihybrid.storage.folder import check_folder
 
+    # Measuring takes minutes, so all that could end the command behind it is looked at before.
+    if out is not None:
+        _check_out(out)
+    if teacher is not None:
+        check_folder(teacher)
     rows = []
     for folder in (model, *((teacher,) if teacher is not None else ())):
         loaded = load_model(folder).to(device)
@@ -70,3 +77,14 @@ def bench(
     for row in rows:
         table.add_row(*speed_cells(row))
     console.print(table)
+
+
+def _check_out(out: Path) -> None:
+    """Raise ValueError where no folder can be made, or written into, at a path."""
+    nearest = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise ValueError(
+            f"--out {out}: {nearest} is a file; name a folder, or a path that does not exist yet"
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {out}: {nearest} may not be written into; name another folder")
