@@ -115,5 +115,7 @@ def test_what_ends_a_bench_is_found_before_it_measures(
         (("--out", file), f"--out {file}: {file} is a file; name a folder"),
         (("--out", file / "below" / "it"), f"{file} is a file; name a folder"),
         (("--teacher", tmp_path / "nowhere"), f"{tmp_path / 'nowhere'}: no such model folder"),
+        (("--device", "foo"), 'device is "foo", here it may be cpu'),
+        (("--device", "cuda:99"), 'device is "cuda:99", here it may be cpu'),
     ):
         assert message in micro.refusal(micro.trihybrid("bench", model, *options))

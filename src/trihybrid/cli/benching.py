@@ -28,7 +28,7 @@ def bench(
         str, typer.Option(help="How a step runs: eager, compiled (CPU), graph, fused-graph or kernels (GPU).")
     ] = "eager",
     weights: WeightsName = "full",
-    device: Annotated[str, typer.Option(help="As torch names it: cpu, cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     out: Annotated[
         Path | None, typer.Option(help="Write speed.html, figures and speed.json into this folder.")
     ] = None,
@@ -39,6 +39,7 @@ def bench(
 
     from trihybrid.infer.speed import measure_speed
     from trihybrid.models.checkpoint import load_model
+    from trihybrid.models.device import present_device
     from trihybrid.report.speed import HEADS, speed_cells, speed_figures, speed_page
     from trihybrid.run import write_json
     from trihybrid.storage.folder import check_folder
@@ -48,9 +49,10 @@ def bench(
         _check_out(out)
     if teacher is not None:
         check_folder(teacher)
+    place = present_device(device)
     rows = []
     for folder in (model, *((teacher,) if teacher is not None else ())):
-        loaded = load_model(folder).to(device)
+        loaded = load_model(folder).to(place)
         rows += measure_speed(
             folder.name,
             loaded,
