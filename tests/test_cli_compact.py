@@ -157,7 +157,7 @@ def test_data_becomes_shards_that_a_recipe_reads(
     assert list((run / "data").iterdir()) == []
 
 
-def test_budget_names_the_largest_that_fits(micro: ModuleType, compact_recipe: Path) -> None:
+def test_budget_names_the_largest_of_what_it_tried(micro: ModuleType, compact_recipe: Path) -> None:
     # Room for the weights of 64 channels, however long the code becomes.
     limit = f"compress.limit_bytes={bundle_size(dump_recipe(load_compact(compact_recipe))) + 90_000}"
     code = bundle_size(dump_recipe(load_compact(compact_recipe, [limit])))
@@ -168,7 +168,12 @@ def test_budget_names_the_largest_that_fits(micro: ModuleType, compact_recipe: P
     assert (result.code, result.stderr) == (0, "")
     assert f"{code:,} of them code" in " ".join(result.stdout.split())
     lines = {line.split()[1]: line for line in result.stdout.splitlines() if re.match(r"\W+\d", line)}
-    assert "largest that fits" in lines["64"] and "too large" in lines["1024"] and "fits" not in lines["32"]
+    assert "of these" in result.stdout and "largest that fits" in lines["64"] and "too large" in lines["1024"]
+    assert "fits" not in lines["32"] and "not tried" not in result.stdout
+    below = micro.trihybrid("budget", compact_recipe, "--try", "64", "--try", "32", "--set", limit)
+    assert below.stdout.endswith(
+        "hidden_size 64, the largest of these, fits; larger ones were not tried: name some with --try\n"
+    )
 
 
 def test_the_report_of_a_compact_run_is_written_again(

@@ -116,11 +116,14 @@ def budget(
     ] = "hidden_size",
     candidates: Annotated[
         list[str] | None,
-        typer.Option("--try", help="A value to try; repeat it. Multiples of the recipe's own if not given."),
+        typer.Option(
+            "--try",
+            help="A value to try; repeat it. Multiples of the recipe's own, up to twice, if not given.",
+        ),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Estimate which shapes fit into the byte limit. Needs no training."""
+    """Estimate which of the tried shapes fit into the byte limit. Needs no training."""
     from trihybrid.export.bundle import bundle_size
     from trihybrid.recipe.budget import budget_rows
     from trihybrid.recipe.fields import dump_recipe
@@ -131,12 +134,20 @@ def budget(
     rows = budget_rows(loaded, field, candidates, code)
     limit = loaded.compress.limit_bytes
     table = Table(title=f"{limit:,} bytes, {code:,} of them code; estimated for Gaussian weights")
-    for title in (field, "parameters", "bytes", "left", ""):
+    for title in (field, "parameters", "bytes", "left", "of these"):
         table.add_column(title, justify="left" if title == field else "right")
     for row in rows:
         mark = "largest that fits" if row.chosen else "" if row.fits else "too large"
         table.add_row(str(row.value), f"{row.parameters:,}", f"{row.bytes:,}", f"{row.margin:,}", mark)
     console.print(table)
+    largest = max(rows, key=lambda row: row.parameters)
+    if largest.fits:
+        console.print(
+            f"{field} {largest.value}, the largest of these, fits; larger ones were not tried: name some with --try",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
 
 
 @app.command()

@@ -49,7 +49,7 @@ class Fit(Generic[T]):
 @dataclass(frozen=True)
 class BudgetRow:
     """One candidate: the value of the field, all parameters, estimated bytes with code, what is left of the limit
-    (negative: too large), and whether it is the largest that fits."""
+    (negative: too large), and whether it is the largest candidate that fits."""
 
     value: Any
     parameters: int

@@ -1,4 +1,4 @@
-"""Which shapes fit into a recipe's byte limit, before anything is trained."""
+"""Which of several shapes fit into a recipe's byte limit, before anything is trained."""
 
 import yaml
 from pydantic import ValidationError
@@ -21,7 +21,8 @@ def budget_rows(
     Args:
         recipe: gives the other fields, the tokenizer, what is quantised and the limit.
         field: hidden_size, mlp_ratio or pattern.
-        candidates: values as text (YAML); None takes multiples of the recipe's own, which a pattern has none of.
+        candidates: values as text (YAML); None takes `FACTORS` of the recipe's own and tries nothing beyond
+            them; a pattern has no multiples.
         code_bytes: what the code takes from the limit.
 
     Raises:
