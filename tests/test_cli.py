@@ -1,6 +1,7 @@
 """Commands as a user calls them, and what they print."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +30,13 @@ def test_every_command_is_known_and_explains_itself(micro: ModuleType) -> None:
         result = micro.trihybrid(*command, "--help")
         assert result.code == 0 and result.stderr == ""
         assert " ".join(["trihybrid", *command]) in result.stdout
+
+
+@pytest.mark.parametrize("command", ["distill", "train"])
+def test_help_names_the_run_directory_that_is_taken(micro: ModuleType, command: str) -> None:
+    """Outside of backticks Markdown takes the brackets for HTML, and drops them."""
+    words = " ".join(re.findall(r"[\w./<>;-]+", micro.trihybrid(command, "--help").stdout))
+    assert "Run directory; runs/<recipe name> if not given." in words
 
 
 def test_version(micro: ModuleType) -> None:

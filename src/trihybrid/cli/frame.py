@@ -29,7 +29,7 @@ Overrides = Annotated[
 Out = Annotated[Path, typer.Option("--out", help="Run directory.")]
 RecipeName = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
 RecipeOut = Annotated[
-    Path | None, typer.Option("--out", help="Run directory; runs/<recipe name> if not given.")
+    Path | None, typer.Option("--out", help="Run directory; `runs/<recipe name>` if not given.")
 ]
 WeightsName = Annotated[
     Literal["full", "int8", "int4"],
