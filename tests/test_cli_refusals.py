@@ -119,6 +119,15 @@ def test_a_bad_checkpoint_is_refused(
     assert micro.listing(tmp_path) == before
 
 
+def test_nothing_to_align_is_found_before_the_teacher_trains(
+    micro: ModuleType, micro_recipe: Path, tmp_path: Path
+) -> None:
+    command = ("distill", micro_recipe, "--out", tmp_path / "out", "--set", "surgery.pattern=SFF")
+    before = micro.listing(tmp_path)
+    assert "stage align: no slot holds rwkv7 or tica" in micro.refusal(micro.trihybrid(*command))
+    assert micro.listing(tmp_path) == before
+
+
 @pytest.mark.long
 def test_a_real_process_refuses_in_one_line_too(micro: ModuleType, teacher: Path) -> None:
     """With the log handlers and warnings of all libraries in place; here three tensors have another shape."""

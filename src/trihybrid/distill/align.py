@@ -8,7 +8,7 @@ and each slot reads the teacher's own stream, so slots depend on each other only
 Legend: B batch, T time, D model width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,14 @@ from trihybrid.distill.pair import Pair
 from trihybrid.distill.task import LossTask
 from trihybrid.models.decoder.language_model import HybridForCausalLM
 from trihybrid.models.decoder.model import Stream
+from trihybrid.models.pattern import Slot
 from trihybrid.ops.part import Part
+
+
+def check_converted(slots: Sequence[Slot]) -> None:
+    """Raise ValueError where no slot holds mixers of ours, so that there is nothing to align."""
+    if not any(slot.converted for slot in slots):
+        raise ValueError("stage align: no slot holds rwkv7 or tica; leave the stage out, or convert a layer")
 
 
 class Alignment(nn.Module):
@@ -32,10 +39,7 @@ class Alignment(nn.Module):
 
     def __init__(self, pair: Pair, checkpointing: bool = False) -> None:
         super().__init__()
-        if not pair.converted:
-            raise ValueError(
-                "stage align: no slot holds rwkv7 or tica; leave the stage out, or convert a layer"
-            )
+        check_converted(pair.student.config.slot_list())
         self.pair, self.checkpointing = pair, checkpointing
         self.layers = pair.together()
 

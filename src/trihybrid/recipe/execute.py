@@ -20,6 +20,7 @@ from transformers import Gemma4ForCausalLM
 
 from trihybrid.data import Batch, PackedBatches, Prefetch, PreparedData, prepare
 from trihybrid.data.section import load_tokenizer
+from trihybrid.distill.align import check_converted
 from trihybrid.distill.host_table import check_apart
 from trihybrid.distill.trained import set_parameters
 from trihybrid.models.checkpoint import load_student, load_teacher
@@ -34,7 +35,7 @@ from trihybrid.recipe.workers import recipe_workers
 from trihybrid.run import Lineage, RunDirectory, RunLog, hash_folder, hash_json, write_json, write_text
 from trihybrid.run.tracking import Tracker, check_trackers, open_trackers
 from trihybrid.storage.folder import save_folder
-from trihybrid.surgery.layout import window_of
+from trihybrid.surgery.layout import layout, window_of
 from trihybrid.surgery.operate import operate, read_plan, save_student
 from trihybrid.surgery.plan import make_plan
 from trihybrid.train import Checkpoints, CompletesBatches, Task, TrainSection, Workers, check_division, fit
@@ -182,8 +183,8 @@ def check_recipe(recipe: Recipe, workers: int = 1) -> TeacherConfig:
     """The teacher's configuration, if teacher, layout and tokenizer go together; writes nothing, reads no text.
 
     Raises:
-        ValueError: a teacher, layout, tokenizer or tracker that does not serve, or a batch or rows that do not divide
-            among so many workers.
+        ValueError: a teacher, layout, tokenizer or tracker that does not serve, a layout that leaves a stage nothing
+            to align, or a batch or rows that do not divide among so many workers.
     """
     if recipe.teacher.pretrain is not None:
         check_division(recipe.teacher.pretrain.loop, workers)
@@ -197,6 +198,8 @@ def check_recipe(recipe: Recipe, workers: int = 1) -> TeacherConfig:
         base = load_teacher(str(recipe.teacher.folder)).config
         check_shape(recipe, base)
     make_plan(base, recipe.surgery, teacher_name(recipe), contexts=(4096,))
+    if any(stage.kind == "align" for stage in recipe.stages):
+        check_converted(layout(base, recipe.surgery))
     if any(stage.tables == "host" for stage in recipe.stages):
         check_apart(base)
     if base.vocab_size < tokenizer.vocab_size:
