@@ -295,10 +295,19 @@ def test_too_little_text_of_shards_elsewhere_is_said(recipe: CompactRecipe, tmp_
 
 
 def test_what_does_not_fit_is_said(recipe: CompactRecipe, tmp_path: Path) -> None:
-    recipe.compress.limit_bytes = 5000
-    with pytest.raises(ValueError, match=r"compress\.limit_bytes is 5,000"):
+    recipe.compress.limit_bytes = CODE_BYTES + 1000
+    with pytest.raises(ValueError, match=r"compress\.limit_bytes is 13,345, but the model takes"):
         execute_compact(recipe, tmp_path / "run", code_bytes=CODE_BYTES)
     assert not (tmp_path / "run" / "model.artifact").exists()
+
+
+def test_code_that_alone_exceeds_the_limit_is_found_before_training(
+    recipe: CompactRecipe, tmp_path: Path
+) -> None:
+    recipe.compress.limit_bytes = CODE_BYTES
+    with pytest.raises(ValueError, match=r"limit_bytes is 12,345, but the code alone takes 12,345; raise"):
+        execute_compact(recipe, tmp_path / "run", code_bytes=CODE_BYTES)
+    assert not list(tmp_path.iterdir())
 
 
 def test_promises(recipe: CompactRecipe, whole: Path) -> None:

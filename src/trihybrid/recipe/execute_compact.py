@@ -64,6 +64,11 @@ def execute_compact(
             made to fit; bad input of any kind.
         FloatingPointError: training diverged.
     """
+    limit = recipe.compress.limit_bytes
+    if code_bytes >= limit:
+        raise ValueError(
+            f"compress.limit_bytes is {limit:,}, but the code alone takes {code_bytes:,}; raise the limit"
+        )
     with recipe_workers() as workers:
         began = time.perf_counter()
         run, summary = trained(recipe, Path(folder), resume, workers)
