@@ -254,9 +254,9 @@ def test_bad_text_is_refused(
     out, model = tmp_path / "out", micro_run / "teacher"
     commands: list[tuple[Any, ...]] = [
         ("distill", micro_recipe, "--out", out, "--set", f"data.source={source}"),
-        ("eval", model, "--text", source),
     ]
     if b"one" not in content:
+        commands.append(("eval", model, "--text", source))
         commands.append(("convert", model, out, "--text", source, *micro.surgery_options()))
     for command in commands:
         assert message in micro.refusal(micro.trihybrid(*command))

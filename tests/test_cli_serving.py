@@ -77,7 +77,7 @@ def test_what_cannot_be_served_is_refused(micro: ModuleType, model: Path, tmp_pa
                 ("serve", model, "--port", 0, "--api-key-file", tmp_path / "key"),
                 "no key; it must be one line",
             ),
-            (("serve", model, "--port", 0, "--device", "nowhere"), "device nowhere: "),
+            (("serve", model, "--port", 0, "--device", "nowhere"), 'device is "nowhere"'),
         ]
         for command, message in cases:
             assert message in micro.refusal(micro.trihybrid(*command))
@@ -114,7 +114,7 @@ def test_what_ends_a_bench_is_found_before_it_measures(
     for options, message in (
         (("--out", file), f"--out {file}: {file} is a file; name a folder"),
         (("--out", file / "below" / "it"), f"{file} is a file; name a folder"),
-        (("--teacher", tmp_path / "nowhere"), f"{tmp_path / 'nowhere'}: no such model folder"),
+        (("--teacher", tmp_path / "nowhere"), f"--teacher {tmp_path / 'nowhere'}: no config.json there"),
         (("--device", "foo"), 'device is "foo", here it may be cpu'),
         (("--device", "cuda:99"), 'device is "cuda:99", here it may be cpu'),
     ):

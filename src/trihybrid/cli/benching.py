@@ -42,13 +42,12 @@ def bench(
     from trihybrid.models.device import present_device
     from trihybrid.report.speed import HEADS, speed_cells, speed_figures, speed_page
     from trihybrid.run import write_json
-    from trihybrid.storage.folder import check_folder
 
     # Measuring takes minutes, so all that could end the command behind it is looked at before.
     if out is not None:
         _check_out(out)
-    if teacher is not None:
-        check_folder(teacher)
+    if teacher is not None and not (teacher / "config.json").is_file():
+        raise ValueError(f"--teacher {teacher}: no config.json there; name the folder of a model")
     place = present_device(device)
     rows = []
     for folder in (model, *((teacher,) if teacher is not None else ())):

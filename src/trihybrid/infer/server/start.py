@@ -16,6 +16,7 @@ from trihybrid.infer.server.scheduler import Scheduler
 from trihybrid.infer.server.served import Served
 from trihybrid.infer.weights import Weights
 from trihybrid.models.checkpoint import load_model
+from trihybrid.models.device import present_device
 
 
 @contextmanager
@@ -44,11 +45,8 @@ def open_server(
     Raises:
         ValueError: a folder, device or number that cannot be.
     """
-    tokenizer, model = Tokenizer.from_file(folder), load_model(folder)
-    try:
-        model = model.to(device)
-    except RuntimeError as error:
-        raise ValueError(f"device {device}: {error}") from None
+    place = present_device(device)
+    tokenizer, model = Tokenizer.from_file(folder), load_model(folder).to(place)
     ends = frozenset(end_tokens(model, tokenizer))
     engine = Engine(model, rows=limits.rows, chunk=chunk, execution=execution, weights=weights)
     with assemble(
