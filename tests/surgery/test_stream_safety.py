@@ -272,6 +272,31 @@ def test_tensors_that_are_missing_or_misshapen_are_named(published, plan_of, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["teacher0", "teacher1", "teacher2"]
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "called"),
+    [
+        ("embed_tokens.weight", torch.int8, "I8"),
+        ("layers.1.mlp.up_proj.weight", torch.float8_e4m3fn, "F8_E4M3"),
+        ("layers.5.self_attn.q_proj.weight", torch.int8, "I8"),
+    ],
+)
+def test_weights_that_are_no_floating_point_are_named(
+    published, plan_of, tmp_path, name, kind, called
+) -> None:
+    """Of the embedding, of another retained tensor, and of one that a converted slot inherits from."""
+    published_name = f"model.language_model.{name}"
+
+    def quantise(tensors: dict[str, Tensor]) -> None:
+        tensors[published_name] = tensors[published_name].to(kind)
+
+    teacher = spoiled(published(), tmp_path / "teacher", quantise)
+    with pytest.raises(
+        ValueError, match=rf"{published_name} is {called}; a teacher's weights are BF16, F16, F32"
+    ):
+        stream_student(teacher, plan_of(published()), tmp_path / FOLDER)
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
 def test_the_plan_of_another_teacher_is_refused(published, plan_of, tmp_path) -> None:
     plan = plan_of(published(text_only=True, global_head_dim=64))
     with pytest.raises(

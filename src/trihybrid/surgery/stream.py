@@ -6,7 +6,7 @@ turn comes. So a model of any size passes through a few buffers, one slot, and w
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ from trihybrid.surgery.tensors import TOWERS, TensorReport
 
 WEIGHTS = "model.safetensors"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+FLOATING = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}
+"""safetensors' names of the dtypes that a teacher's weights may have."""
 SPARE_BYTES = 1 << 28
 """What must be free beyond the weights: tokenizer, plan, manifest."""
 
@@ -59,8 +61,8 @@ def stream_student(
         finish: does so when the weights are written.
 
     Raises:
-        ValueError: the plan of another teacher; tensors that are missing or do not fit; a disk without the space that
-            is needed, or one that becomes full. Nothing is left then.
+        ValueError: the plan of another teacher; tensors that are missing, do not fit or are no floating point; a disk
+            without the space that is needed, or one that becomes full. Nothing is left then.
     """
     section = check_plan(plan, teacher.base)
     contents = _contents(teacher, student_config(teacher.base, section), towers)
@@ -115,8 +117,10 @@ class _Contents:
 
 def _contents(teacher: PublishedTeacher, config: HybridConfig, towers: bool) -> _Contents:
     wanted = wanted_tensors(config)
-    made_here = {name for name in wanted if name.startswith(converted_prefixes(config))}
+    converted = converted_prefixes(config)
+    made_here = {name for name in wanted if name.startswith(converted)}
     kept = _retained(teacher, {name: shape for name, shape in wanted.items() if name not in made_here})
+    _check_floating(teacher, [*kept, *(name for name in teacher.text if name.startswith(converted))])
     dtype = DTYPES[kept["model.embed_tokens.weight"].dtype]
     slots = {name: TensorShape.of(dtype, shape) for name, shape in wanted.items() if name in made_here}
     return _Contents(teacher, config, dtype, kept, slots, _in_file_order(teacher.towers) if towers else {})
@@ -195,6 +199,17 @@ def _retained(teacher: PublishedTeacher, wanted: dict[str, tuple[int, ...]]) -> 
             f"{wrong[0]}"
         )
     return _in_file_order({name: teacher.text[name] for name in wanted})
+
+
+def _check_floating(teacher: PublishedTeacher, names: Iterable[str]) -> None:
+    """Refuse quantised weights: without their scales, which we do not know, their numbers mean nothing."""
+    for name in names:
+        dtype = teacher.text[name].dtype
+        if dtype not in FLOATING:
+            raise ValueError(
+                f"{teacher.folder}: {teacher.names[name][0]} is {dtype}; a teacher's weights are "
+                f"{', '.join(sorted(FLOATING))}; take the checkpoint that is not quantised"
+            )
 
 
 def _in_file_order(ranges: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
