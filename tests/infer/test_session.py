@@ -5,12 +5,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from small_student import make_student
 from trihybrid.data.tokens import Tokenizer
@@ -131,6 +135,65 @@ def test_a_broken_file_is_refused(engine: Engine, folder: Path, tmp_path: Path, 
         load_session(path, engine, made_by)
     with pytest.raises(ValueError, match="no such file"):
         load_session(tmp_path / "none", engine, made_by)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], str | None]) -> None:
+    """Change a session's record and tensors in place; a string becomes the record's text."""
+    with safe_open(str(path), framework="pt") as file:
+        record = json.loads(file.metadata()["session"])
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
+    text = change(record, tensors)
+    save_file(tensors, str(path), metadata={"session": json.dumps(record) if text is None else text})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model", None, "session.model: Input should be a valid string"),
+        ("tokens", ["3"] * len(PROMPT), "session.tokens.0: Input should be a valid integer"),
+        ("tokens", [3.0] * len(PROMPT), "session.tokens.0: Input should be a valid integer"),
+        ("tokens", [-1] * len(PROMPT), "session.tokens.0: Input should be greater than or equal to 0"),
+        ("tokens", [61] * (len(PROMPT) + 9), "session.tokens holds 61; the vocabulary is 0 to 60"),
+        ("tokens", PROMPT[:9], "of 9 tokens, and at least one must be left"),
+        ("seen", -1, "session.seen: Input should be greater than or equal to 0"),
+        ("seen", 7, "this model's state of 7 tokens has"),
+        (
+            "messages",
+            [{"role": 5, "content": ""}],
+            "session.messages.0.role: Input should be 'system', 'user'",
+        ),
+        ("messages", [{"role": "user"}], "session.messages.0.content: Field required"),
+        ("other", 1, "session.other: Extra inputs are not permitted"),
+        ("format", 2, "format 2 of a session; this version reads 1"),
+    ],
+)
+def test_a_damaged_record_is_refused(
+    engine: Engine, folder: Path, tmp_path: Path, field: str, value: Any, message: str
+) -> None:
+    made_by, path = identity(folder, Tokenizer.bytes()), tmp_path / "talk.session"
+    save_session(path, engine, whole_conversation(engine, begin(engine)), made_by)
+    rewrite(path, lambda record, tensors: record.update({field: value}))
+    held = engine.memory()["used"]
+    with pytest.raises(ValueError) as caught:
+        load_session(path, engine, made_by)
+    assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
+    assert "\n" not in str(caught.value) and engine.memory()["used"] == held
+
+
+def test_a_record_that_is_too_deep_or_no_numbers_are_refused(
+    engine: Engine, folder: Path, tmp_path: Path
+) -> None:
+    made_by, path = identity(folder, Tokenizer.bytes()), tmp_path / "talk.session"
+    save_session(path, engine, whole_conversation(engine, begin(engine)), made_by)
+    rewrite(
+        path, lambda record, tensors: next(iter(tensors.values())).view(-1)[3:4].fill_(torch.nan) and None
+    )
+    with pytest.raises(ValueError, match=r"talk\.session: .* holds numbers that are not finite"):
+        load_session(path, engine, made_by)
+    rewrite(path, lambda record, tensors: "[" * 100_000)
+    with pytest.raises(ValueError, match=r"talk\.session: session: Invalid JSON: .*save it again"):
+        load_session(path, engine, made_by)
 
 
 def test_a_failed_save_leaves_the_old_file(engine: Engine, folder: Path, tmp_path: Path) -> None:
