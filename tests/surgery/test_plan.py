@@ -151,6 +151,14 @@ def test_the_hash_knows_the_shape(make_base) -> None:
     assert len({config_hash(base) for base in [make_base(), *others]}) == 6
 
 
+def nested(depth: int) -> list:
+    """A list in a list in a list, far beyond what a plan holds."""
+    found: list = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -161,13 +169,50 @@ def test_the_hash_knows_the_shape(make_base) -> None:
             lambda plan: plan | {"teacher_hash": "0"},
             'made for teacher "tiny", which has another shape; make a new plan',
         ),
-        (lambda plan: plan | {"surgery": plan["surgery"] | {"heads": "any"}}, "heads"),
+        (lambda plan: plan | {"teacher": 5}, "plan: teacher is no string; make the plan again"),
+        (
+            lambda plan: plan | {"surgery": plan["surgery"] | {"heads": "any"}},
+            "plan: surgery.heads: Input should",
+        ),
+        (
+            lambda plan: plan | {"surgery": plan["surgery"] | {"head": 1}},
+            "plan: surgery.head: Extra inputs are not permitted; make the plan again",
+        ),
+        (
+            lambda plan: plan | {"surgery": plan["surgery"] | {"share_kv": "teacher"}},
+            "plan: after.parameters is .* where .* belongs; the plan was edited or damaged, make it again",
+        ),
+        (
+            lambda plan: {k: v for k, v in plan.items() if k != "layers"},
+            "plan: layers is missing; the plan was",
+        ),
+        (lambda plan: plan | {"layers": []}, r"plan: layers has 0 entries where \d+ belong"),
+        (lambda plan: plan | {"layers": nested(500)}, "plan: layers has 1 entries"),
+        (lambda plan: plan | {"more": nested(500)}, "plan: more is unknown"),
+        (lambda plan: plan | {"after": nested(500)}, "plan: after.flops_per_token is no object with lengths"),
+        (
+            lambda plan: plan | {"before": plan["before"] | {"parameters": nested(500)}},
+            "parameters is a list where",
+        ),
+        (
+            lambda plan: plan | {"after": plan["after"] | {"parameters": 5}},
+            r"plan: after.parameters is 5 where \d+ ",
+        ),
+        (
+            lambda plan: plan | {"after": plan["after"] | {"flops_per_token": {"0": 1}}},
+            "plan: after.flops_per_token is no object with lengths as keys",
+        ),
+        (
+            lambda plan: plan | {"layers": [plan["layers"][0] | {"after": ["tica"]}, *plan["layers"][1:]]},
+            r'plan: layers\[0\].after\[0\] is "tica" where "sliding" belongs',
+        ),
     ],
 )
 def test_foreign_plans_are_refused(make_base, make_section, change, message) -> None:
     plan = make_plan(make_base(), make_section(), "tiny", contexts=(64,))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         check_plan(change(plan), make_base())
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

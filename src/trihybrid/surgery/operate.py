@@ -88,7 +88,7 @@ def read_plan(folder: str | Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path}: missing; the folder is not a converted student") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
 
 

@@ -4,6 +4,8 @@ import hashlib
 import json
 from typing import Any
 
+from pydantic import ValidationError
+
 from trihybrid.models.anatomy import Anatomy, anatomy
 from trihybrid.models.pattern import Slot
 from trihybrid.models.shapes import TeacherConfig
@@ -115,20 +117,73 @@ def config_hash(base: TeacherConfig) -> str:
 
 
 def check_plan(plan: dict[str, Any], base: TeacherConfig) -> SurgerySection:
-    """The surgery section of a plan that was made for this teacher.
+    """The surgery section of a plan that was made for this teacher. The plan is made again from it, so that what a plan
+    from elsewhere says is what will be done.
 
     Raises:
-        ValueError: not a plan, another format, or the plan of another teacher.
+        ValueError: not a plan, another format, the plan of another teacher, a surgery section that cannot be, or a
+            field that does not follow from it.
     """
     if not isinstance(plan, dict) or not {"format", "teacher", "teacher_hash", "surgery"} <= set(plan):
         raise ValueError("not a plan: expected a JSON object with format, teacher, teacher_hash and surgery")
     if plan["format"] != FORMAT:
         raise ValueError(f"plan format is {plan['format']}; this version reads {FORMAT}; make the plan again")
+    if not isinstance(plan["teacher"], str):
+        raise ValueError("plan: teacher is no string; make the plan again")
     if plan["teacher_hash"] != config_hash(base):
         raise ValueError(
             f'the plan was made for teacher "{plan["teacher"]}", which has another shape; make a new plan'
         )
-    return SurgerySection.model_validate(plan["surgery"])
+    section = _surgery(plan["surgery"])
+    fault = _difference(plan, make_plan(base, section, plan["teacher"], _contexts(plan)), "")
+    if fault:
+        raise ValueError(f"plan: {fault}; the plan was edited or damaged, make it again")
+    return section
+
+
+def _surgery(fields: Any) -> SurgerySection:
+    try:
+        return SurgerySection.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in ("surgery", *first["loc"]))
+        raise ValueError(f"plan: {place}: {first['msg']}; make the plan again") from None
+
+
+def _contexts(plan: dict[str, Any]) -> tuple[int, ...]:
+    """The lengths that the plan was made for."""
+    try:
+        contexts = tuple(int(context) for context in plan["after"]["flops_per_token"])
+    except (LookupError, TypeError, ValueError):
+        contexts = ()
+    if not contexts or min(contexts) < 1:
+        raise ValueError(
+            "plan: after.flops_per_token is no object with lengths as keys, as 4096; make the plan again"
+        )
+    return contexts
+
+
+def _difference(given: Any, made: Any, place: str) -> str | None:
+    """The first place where a plan is not what was made again, in words. It goes only as deep as `made`."""
+    if type(given) is not type(made):
+        return f"{place} is {_shown(given)} where {_shown(made)} belongs"
+    if isinstance(made, dict):
+        odd = sorted(str(key) for key in given.keys() ^ made.keys())
+        if odd:
+            where = f"{place}.{odd[0]}".lstrip(".")
+            return f"{where} is {'unknown' if odd[0] in given else 'missing'}"
+        pairs = [(given[key], made[key], f"{place}.{key}".lstrip(".")) for key in made]
+    elif isinstance(made, list):
+        if len(given) != len(made):
+            return f"{place} has {len(given)} entries where {len(made)} belong"
+        pairs = [(*both, f"{place}[{index}]") for index, both in enumerate(zip(given, made, strict=True))]
+    else:
+        return None if given == made else f"{place} is {_shown(given)} where {_shown(made)} belongs"
+    return next((fault for pair in pairs if (fault := _difference(*pair))), None)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 def sources(base: TeacherConfig, slot: Slot, index: int, section: SurgerySection) -> dict[str, str]:
