@@ -174,6 +174,10 @@ def test_names_of_special_tokens_come_from_the_config(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
         Tokenizer.from_file(tmp_path)
+    for value in (5, ["<s>"], {"content": 5}, {"text": "<s>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": value}))
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json: bos_token is .*; it must be a string"):
+            Tokenizer.from_file(tmp_path)
 
 
 def test_a_bad_file_is_refused(tmp_path: Path) -> None:

@@ -147,6 +147,28 @@ def test_layouts_that_cannot_run(
         with_slots(replaced)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"slots": 5}, "slots is 5; it must be a list, or null"),
+        ({"slots": [5] * 6}, 'slots holds 5; a slot is an object as {"mixers"'),
+        ({"slots": [{}] * 6}, "slots holds {}; a slot is an object"),
+        ({"slots": [{"mixers": "full"}] * 6}, "slots holds {'mixers': 'full'}; a slot"),
+        (
+            {"slots": [RECURRENT | {"donors": {"rwkv7": "a"}}] * 6},
+            "slots holds {'mixers': .* a slot is an object",
+        ),
+        ({"rwkv7": [4]}, r"rwkv7 is \[4\]; it must be an object, or null"),
+        ({"base_config": "x"}, "base_config is 'x'; it must be an object, or null"),
+    ],
+)
+def test_fields_of_another_type_are_refused(
+    teacher_config: MakeTeacher, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrihybridGemma4Config.from_dict({"base_config": teacher_config().to_dict()} | fields)
+
+
 def test_sizes_of_rwkv7_are_needed(teacher_config: MakeTeacher) -> None:
     config = TrihybridGemma4Config(
         base_config=teacher_config().to_dict(), slots=[SLIDING, RECURRENT, SLIDING, FULL, SLIDING, FULL]

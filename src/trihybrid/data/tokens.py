@@ -126,7 +126,8 @@ class Tokenizer:
         "<eos>" or "<pad>". A tokenizer without padding (Llama's, Mistral's) fills rows with EOS, which nothing reads.
 
         Raises:
-            ValueError: if the file is missing, is no tokenizer, or lacks one of the three.
+            ValueError: if the file is missing, is no tokenizer, or lacks one of the three, or if what names them is no
+                text.
         """
         file = Path(path)
         if file.is_dir():
@@ -150,8 +151,7 @@ class Tokenizer:
             if token is None and role == "pad_token" and backend.token_to_id(default) is None:
                 token = found["eos_token"]
                 _logger.info("%s: no pad_token; rows are filled with %s", file, token)
-            token = token or default
-            found[role] = token["content"] if isinstance(token, dict) else token
+            found[role] = _content(token or default, role, file)
         return cls(backend, found["bos_token"], found["eos_token"], found["pad_token"])
 
     @cached_property
@@ -284,6 +284,17 @@ def _json_object(file: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{file} is not a JSON object")
     return fields
+
+
+def _content(token: Any, role: str, file: Path) -> str:
+    """The text of a token, which transformers writes as a string or as an object with its `content`."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{file.with_name('tokenizer_config.json')}: {role} is {token!r:.80}; it must be a string, or an object "
+            'with the string "content"'
+        )
+    return text
 
 
 def beginning(bos: str, bos_id: int) -> processors.TemplateProcessing:

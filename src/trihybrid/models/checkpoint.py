@@ -55,6 +55,8 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrai
             f'{folder}: model_type is "{config.get("model_type")}"; this version reads teachers and their converted '
             f"students: {', '.join(known)}; and the text models of {', '.join(MULTIMODAL_TYPES)}"
         )
+    if config["model_type"] in {family.teacher_type for family in FAMILIES}:
+        text_config(folder, config)  # which refuses in one line what transformers would fail at
     options: dict[str, Any] = {
         "dtype": dtype,
         "output_loading_info": True,

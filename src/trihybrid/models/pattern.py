@@ -55,11 +55,29 @@ class Slot:
 
     @classmethod
     def from_dict(cls, slot: dict[str, Any]) -> "Slot":
+        """A slot from what `as_dict` gave.
+
+        Raises:
+            ValueError: something else.
+        """
+        if not _is_slot(slot):
+            raise ValueError(
+                f'slots holds {slot!r:.80}; a slot is an object as {{"mixers": ["rwkv7"], "donors": {{"rwkv7": 4}}}}, '
+                "with a window where it slides"
+            )
         return cls(
             tuple(slot["mixers"]),
             {kind: int(index) for kind, index in slot.get("donors", {}).items()},
             {"window": slot["window"]} if "window" in slot else {},
         )
+
+
+def _is_slot(slot: Any) -> bool:
+    if not isinstance(slot, dict):
+        return False
+    mixers, donors = slot.get("mixers"), slot.get("donors", {})
+    named = isinstance(mixers, list | tuple) and all(isinstance(m, str) for m in mixers)
+    return named and isinstance(donors, dict) and all(isinstance(index, int) for index in donors.values())
 
 
 def parse_pattern(pattern: str, legend: Mapping[str, LegendEntry], layers: int) -> list[Slot]:

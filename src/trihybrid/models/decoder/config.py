@@ -81,7 +81,8 @@ class HybridConfig(PreTrainedConfig):
         use_cache: whether a forward pass that is not told makes a cache, as in the teacher.
 
     Raises:
-        ValueError: a slot list of another length, or donors that cannot work (see `check_slots`).
+        ValueError: a field that is no object or no list; a slot list of another length, or donors that cannot work
+            (see `check_slots`).
     """
 
     teacher_config: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
@@ -95,6 +96,12 @@ class HybridConfig(PreTrainedConfig):
     use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name, kind in (("base_config", dict), ("slots", list), ("rwkv7", dict), ("tica", dict)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(
+                    f"{name} is {value!r:.80}; it must be {'a list' if kind is list else 'an object'}, or null"
+                )
         base = self.teacher_config.from_dict(dict(self.base_config or {}))
         self.base_config = base.to_dict()
         body = anatomy(base)

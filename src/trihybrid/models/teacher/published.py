@@ -17,6 +17,7 @@ from trihybrid.models.anatomy import anatomy
 from trihybrid.models.decoder.config import MEDIA_TOKENS
 from trihybrid.models.shapes import CLASSES, TeacherConfig
 from trihybrid.models.teacher.experts import single_experts
+from trihybrid.models.teacher.values import check_choices, check_sizes
 from trihybrid.storage.tensor_files import StoredTensor, TensorJoin, read_headers, weight_files
 
 MULTIMODAL_TYPES = ("gemma4", "gemma4_unified", "gemma3")
@@ -123,6 +124,9 @@ def text_config(folder: Path, fields: dict[str, Any]) -> TeacherConfig:
     """
     outer = fields
     fields = fields.get("text_config", fields)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{folder}: text_config of config.json is no object; fetch the file again")
+    check_sizes(folder, fields)
     kind = fields.get("model_type")
     if kind == Gemma4UnifiedTextConfig.model_type:
         kind = Gemma4TextConfig.model_type
@@ -139,9 +143,13 @@ def text_config(folder: Path, fields: dict[str, Any]) -> TeacherConfig:
         if found:
             whole[name] = found[0]
     try:
-        return CLASSES[kind].from_dict({**fields, **whole})
+        base = CLASSES[kind].from_dict({**fields, **whole})
     except StrictDataclassError as error:
         raise ValueError(f"{folder}: {impossible(error)}") from error
+    except KeyError as error:  # of rope_parameters that lack one of their type's
+        raise ValueError(f"{folder}: config.json cannot be: {error.args[0]}") from error
+    check_choices(folder, base)
+    return base
 
 
 def impossible(error: StrictDataclassError) -> str:
