@@ -1,7 +1,6 @@
 """Taking a folder in: a student that `trihybrid export` wrote, or a published one, as a student of ours."""
 
 import json
-import logging
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -9,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from trihybrid.export.folder.code import changed_files
-from trihybrid.export.folder.write import CONFIG
+from trihybrid.export.folder.write import CONFIG, tensor_record
 from trihybrid.export.published.read import read_published
 from trihybrid.export.published.write import write_published
 from trihybrid.models.families import FAMILIES, family_of_student
 from trihybrid.models.inventory import differences, wanted_tensors
-from trihybrid.storage.folder import MANIFEST, check_folder, save_folder
+from trihybrid.storage.folder import MANIFEST, Written, check_folder, save_folder
 from trihybrid.storage.tensor_files import read_headers, weight_files
 from trihybrid.surgery.card import CARD
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,26 +63,27 @@ def import_folder(source: Path, out: Path, revision: str | None = None) -> Impor
 
 
 def _take_back(source: Path, fields: dict[str, Any], kind: str, out: Path) -> Import:
-    """The student that was exported: its own code and its card stay behind, all other files come as they are."""
-    changed = changed_files(source, kind)
+    """The student that was exported: its own code and its card stay behind, all other files come as they are. A folder
+    without code is a student's that was never exported."""
+    changed = changed_files(source, kind) if any(source.glob("*.py")) else []
     notes = []
     if changed:
         notes.append(
             f"{len(changed)} code files of the folder are not what this version of trihybrid writes, first "
             f"{changed[0]}: the student is computed by this version, not by them"
         )
-        _logger.warning("%s: %s", source, notes[0])
     fields.pop("auto_map", None)
     config = family_of_student(kind).student.config_class.from_dict(dict(fields))
     faults = differences(read_headers(weight_files(source)), wanted_tensors(config))
     if faults:
         raise ValueError(f"{source}: {len(faults)} tensors do not fit {CONFIG}, first: {faults[0]}")
 
-    def write(partial: Path) -> None:
+    def write(partial: Path) -> Written:
         for path in sorted(source.iterdir()):
             if path.is_file() and path.suffix != ".py" and path.name not in (CONFIG, MANIFEST, CARD):
                 shutil.copyfile(path, partial / path.name)
         (partial / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+        return Written(facts=tensor_record(source))
 
     save_folder(out, write)
     return Import(out, "export", tuple(notes))
