@@ -73,6 +73,10 @@ def break_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
 
+def nest_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 100_000)
+
+
 def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
@@ -88,6 +92,7 @@ BROKEN = [
     (truncate_header, "truncated: 5 bytes"),
     (flip, "its sha256 is not the one in trihybrid.json"),
     (break_config, "config.json: not JSON"),
+    (nest_config, "config.json: not JSON"),
 ]
 
 
@@ -168,6 +173,12 @@ def no_utf8(micro: ModuleType, folder: Path) -> Path:
     return path
 
 
+def too_deep(micro: ModuleType, folder: Path) -> Path:
+    path = folder / "plan.json"
+    path.write_text("[" * 100_000)
+    return path
+
+
 def other_format(micro: ModuleType, folder: Path) -> Path:
     path = other_teacher(micro, folder)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
@@ -185,6 +196,7 @@ def no_file(micro: ModuleType, folder: Path) -> Path:
         (other_format, "plan format is 99; this version reads 1"),
         (no_json, "plan.json: not JSON"),
         (no_utf8, "plan.json: not JSON"),
+        (too_deep, "plan.json: not JSON"),
         (no_plan, "not a plan: expected a JSON object"),
         (no_file, "plan.json: no such plan file"),
     ],
