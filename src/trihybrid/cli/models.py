@@ -34,7 +34,12 @@ def evaluate_command(
         ),
     ] = None,
     length: Annotated[
-        int | None, typer.Option(help="Tokens a row; 256 for a folder, 1,024 for an artifact.", min=16)
+        int | None,
+        typer.Option(
+            help="Tokens a row; 256 for a folder, 1,024 for an artifact. Memory grows with its square.",
+            min=16,
+            max=1_048_576,
+        ),
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER)] = None,
     sliding: Annotated[
