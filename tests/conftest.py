@@ -8,8 +8,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+import interpreted
 import micro_run as micro_commands
-from interpreted import load  # noqa: F401, a fixture for all rooms
+
+load = interpreted.load  # a fixture for all rooms
 
 settings.register_profile("trihybrid", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("trihybrid")

@@ -1,7 +1,7 @@
 """The benchmark of a decoding step, rehearsed in small on a CPU."""
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -9,13 +9,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        import decode_step
-    finally:
-        sys.path.pop(0)
-    return decode_step
+def benchmark(module: Callable[[str], ModuleType]) -> ModuleType:
+    return module("decode_step")
 
 
 @pytest.mark.long

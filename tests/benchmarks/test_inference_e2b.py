@@ -1,7 +1,6 @@
 """What the benchmark of E2B's shape says of its targets."""
 
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -9,13 +8,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        import inference_e2b
-    finally:
-        sys.path.pop(0)
-    return inference_e2b
+def benchmark(module: Callable[[str], ModuleType]) -> ModuleType:
+    return module("inference_e2b")
 
 
 def row(

@@ -1,20 +1,14 @@
 """The cost model gives back the points that it was made of, and hours that are tokens over rates."""
 
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 
 
 @pytest.fixture(scope="module")
-def scaling() -> ModuleType:
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        import scaling
-    finally:
-        sys.path.pop(0)
-    return scaling
+def scaling(module: Callable[[str], ModuleType]) -> ModuleType:
+    return module("scaling")
 
 
 def test_points_of_the_formula_are_fitted_exactly(scaling: ModuleType) -> None:

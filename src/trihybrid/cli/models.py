@@ -68,8 +68,8 @@ def evaluate_command(
         from trihybrid.recipe.fields import load_section
 
         fields = {
-            "length": length or 1024, "sliding": sliding, "stride": stride or 64, "isolated": isolated,
-            "stateful": stateful, "validation_tokens": tokens,
+            "length": length or 1024, "sliding": sliding, "isolated": isolated, "stateful": stateful,
+            "validation_tokens": tokens, **({} if stride is None else {"stride": stride}),
         }  # fmt: skip
         section = load_section(CompactEvaluationSection, fields, None, "eval")
         row = evaluate_artifact(model, text, section, tokenizer)

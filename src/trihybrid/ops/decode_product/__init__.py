@@ -24,7 +24,7 @@ from trihybrid.ops.softcap import softcap
 
 __all__ = ["MOST_ROWS", "Before", "Finish", "Gain", "fits", "normed_product", "product", "raised"]
 
-MOST_ROWS = 8
+MOST_ROWS = 8  # of a tile in `several`
 WIDEST = 8192  # a program holds whole rows of the stream, in registers
 ACTIVATIONS = {"gelu": lambda x: gelu(x, approximate="tanh"), "silu": silu}
 

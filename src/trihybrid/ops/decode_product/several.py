@@ -4,7 +4,7 @@ A row alone is summed by the lanes that loaded its weights; of several, each sum
 lanes. Here warps take parts of the inputs side by side and their sums are added at the end. The product's input is a
 launch of its own: to make it anew in every program costs as much as the product.
 
-Legend: B rows, R rounded up to ROWS; D width of the stream, rounded up to WIDE; O outputs of a block; P parts of a
+Legend: B rows, R all ROWS of a tile; D width of the stream, rounded up to WIDE; O outputs of a block; P parts of a
 step; I inputs of a part.
 """
 
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trihybrid.ops.decode_product import Before, Finish
+from trihybrid.ops.decode_product import MOST_ROWS, Before, Finish
 from trihybrid.ops.decode_product.around import (
     GATED,
     TIMES,
@@ -47,7 +47,7 @@ def launch_several(x_BI: Tensor, weight_OI: Tensor, finish: Finish) -> Tensor:
     part = max(FEWEST, min(sizes.step, triton.next_power_of_2(triton.cdiv(inputs, sizes.warps))))
     _several[(triton.cdiv(outputs, sizes.block),)](
         x_BI, *own.pointers, own.o_BF, inputs, outputs, x_BI.stride(0), weight_OI.stride(0), own.other_b, rows,
-        *own.numbers, **own.flags, ROWS=max(8, triton.next_power_of_2(rows)), BLOCK=sizes.block, PARTS=sizes.warps,
+        *own.numbers, **own.flags, ROWS=MOST_ROWS, BLOCK=sizes.block, PARTS=sizes.warps,
         STEP=part, EARLY=soon, num_warps=sizes.warps, launch_pdl=soon,
     )  # fmt: skip
     return own.o_BF
